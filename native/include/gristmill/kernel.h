@@ -1,0 +1,141 @@
+// Signatures of the kernels. Every instruction-set level fills one KernelTable; the runtime picks a table once.
+//
+// Row-major matrices are given as pointer and leading dimension (elements between rows). "Rows" are tokens.
+#pragma once
+
+#include <stdint.h>
+
+namespace gm {
+
+// How the values of a packed weight are stored (the layouts are described in formats/packed.py).
+enum class Storage : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt4 = 3, kInt8 = 4 };
+
+// A packed weight of n output rows and k input columns, sixteen output rows interleaved per block.
+// Integer storage: value = scale * (code - offset) + min, one scale (and min) per group of columns and row.
+struct Weight {
+  Storage storage = Storage::kF32;
+  int32_t offset = 0;
+  bool wide_scales = false;       // scales and mins are f32, else f16
+  const void* values = nullptr;   // codes, or float values
+  const void* scales = nullptr;   // [blocks][groups][16]
+  const void* mins = nullptr;     // as scales, or null
+  int64_t n = 0, k = 0;
+  int64_t kp = 0;                 // padded columns
+  int64_t group = 0, groups = 0;  // columns per group; number of groups
+  int64_t blocks() const { return (n + 15) / 16; }
+  bool integer() const { return storage == Storage::kInt4 || storage == Storage::kInt8; }
+};
+
+// Rows of activations as int8 codes with one scale per group: x = scale * q.
+struct Int8Rows {
+  const int8_t* q = nullptr;       // [rows][kp], zero in the padding
+  const float* scale = nullptr;    // [rows][groups]
+  const int32_t* sum = nullptr;    // [rows][groups], sum of the group's codes
+  int64_t kp = 0, groups = 0;
+};
+
+struct LinearOut {
+  float* out = nullptr;
+  int64_t ld = 0;
+  const float* bias = nullptr;  // [n] or null
+  bool accumulate = false;      // out += result (after the bias) instead of out = result
+};
+
+enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+
+// Where one sequence's keys and values of one layer lie: blocks of 16 tokens, and in a block one tile per KV head.
+// Token p of KV head h is in block p / 16 (modulo `ring` when that is not 0) at `k + block * block_bytes +
+// h * tile_bytes`. Inside a tile, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16 tokens]; values: bf16
+// [16 / 2][head_dim][2] (pairs of tokens), f32 [16][head_dim].
+struct KvSegment {
+  char* k = nullptr;
+  char* v = nullptr;
+  int64_t block_bytes = 0;
+  int64_t tile_bytes = 0;
+  int64_t ring = 0;  // blocks in the ring of a sliding-window layer, 0 where blocks are not reused
+};
+
+// One sequence's part of a step.
+struct AttentionSequence {
+  KvSegment kv;
+  int64_t row = 0;       // first row in the flattened step
+  int64_t rows = 0;      // new tokens
+  int64_t start = 0;     // position of the first new token
+};
+
+struct AttentionArgs {
+  float* q = nullptr;            // [tokens][ldq], unrotated on entry to prepare, rotated in place by it
+  int64_t ldq = 0;
+  const float* k = nullptr;      // [tokens][ldk], unrotated
+  int64_t ldk = 0;
+  const float* v = nullptr;      // [tokens][ldv]
+  int64_t ldv = 0;
+  float* out = nullptr;          // [tokens][ldo]
+  int64_t ldo = 0;
+  const float* cos = nullptr;    // [positions][rope_dim / 2]
+  const float* sin = nullptr;
+  int64_t rope_dim = 0;          // 0: no rotation
+  int32_t heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 1.0f;
+  int64_t window = 0;            // visible keys, the row's own included; 0: all
+  bool kv_bf16 = true;           // keys and values are bf16, else f32
+  bool bf16_math = true;         // queries and probabilities are rounded to bf16 (needs kv_bf16), else f32
+  const AttentionSequence* sequences = nullptr;
+  int64_t sequence_count = 0;
+  float* partials = nullptr;     // scratch, attention_partial_floats(args) long
+};
+
+struct KernelTable {
+  const char* level;
+
+  // x [rows][ldx] of k columns -> int8 rows with groups of `group` columns. scale = max|x| / 127,
+  // q = round-to-even(x * (127 / max|x|)); all zero where the group is zero.
+  void (*encode_int8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp, int8_t* q,
+                      float* scale, int32_t* sum);
+  // x [rows][ldx] of k columns -> bf16 [rows][kp], zero in the padding.
+  void (*encode_bf16)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out);
+
+  // out[row][n] = sum over k of x[row][k] * w[n][k], for the weight's blocks [block_begin, block_end).
+  // `scratch` holds linear_scratch_bytes(weight, rows).
+  void (*linear_int8)(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,
+                      const LinearOut& out, void* scratch);
+  void (*linear_bf16)(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
+                      int64_t block_end, const LinearOut& out, void* scratch);
+  void (*linear_f32)(const Weight& w, const float* x, int64_t ldx, int64_t rows, int64_t block_begin,
+                     int64_t block_end, const LinearOut& out, void* scratch);
+  // One row of a packed weight, decoded to f32 [k].
+  void (*decode_row)(const Weight& w, int64_t row, float* out);
+
+  // y = x / sqrt(mean(x^2) + eps) * w. x and y may be the same.
+  void (*rmsnorm)(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy, int64_t rows, int64_t n,
+                  float eps);
+  // x += y
+  void (*add)(float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t n);
+  // out = act(gate) * up; out may be gate
+  void (*gated)(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act);
+
+  // Attention runs in three phases with a barrier after each; within a phase any split of the items is right.
+  // prepare, item = row of the step: rotates q in place, rotates k, and writes k and v into the cache.
+  void (*attention_prepare)(const AttentionArgs& a, int64_t item_begin, int64_t item_end);
+  // spans: items as counted by attention_items; a row whose keys fit one span is finished here.
+  int64_t (*attention_items)(const AttentionArgs& a);
+  // Relative cost of the items, to split them evenly: costs[items].
+  void (*attention_costs)(const AttentionArgs& a, float* costs);
+  int64_t (*attention_partial_floats)(const AttentionArgs& a);
+  void (*attention_spans)(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
+  // merge, item = row of the step: combines the spans of rows that have several, ascending.
+  void (*attention_merge)(const AttentionArgs& a, int64_t item_begin, int64_t item_end);
+  int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for spans
+
+  // Sum of all bytes read as 64-byte words: the bandwidth probe of the roofline.
+  uint64_t (*read_all)(const void* data, int64_t bytes);
+};
+
+// Scratch a thread needs for one linear of any kind.
+inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
+  const int64_t sums = rows * w.groups * 8;                // corrections and minimum sums (int8)
+  const int64_t strip = 256 * 16 * 4 + rows * 16 * 4;      // decoded strip and accumulators (f32, bf16)
+  return (sums > strip ? sums : strip) + 256;
+}
+
+}  // namespace gm

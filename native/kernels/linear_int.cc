@@ -1,0 +1,185 @@
+// Integer weights times int8 rows.
+//
+// One order of operations for one row, whatever the number of rows and the level: within a group an exact int32
+// dot of (code - offset) and q; then, groups ascending, y = fma(float(dot), w_scale * x_scale, y) and, for weights
+// with minimums, y = fma(w_min, x_scale * float(sum of q), y).
+//
+// A tile is one block of 16 output rows (the lanes) by up to 12 rows of activations: 12 int32 and 12 f32
+// accumulators fill 24 of the 32 AVX-512 registers, and every code vector is used 12 times.
+#include "kernels.h"
+#include "vec/vec.h"
+
+namespace gm::GM_LEVEL {
+namespace {
+
+struct Tile {
+  const uint8_t* codes;     // of the block
+  const char* scales;       // of the block
+  const char* mins;         // of the block, or null
+  const int8_t* q;          // first row
+  const float* x_scale;     // [rows][groups]
+  const int32_t* start;     // [rows][groups], -offset * sum
+  const float* x_sum;       // [rows][groups], x_scale * sum
+  int64_t ldq, group, groups, kp;
+};
+
+template <bool kWide>
+inline vf load_scale(const char* p, int64_t group) {
+  if constexpr (kWide) return vf_load(reinterpret_cast<const float*>(p) + group * 16);
+  return vf_load_f16(reinterpret_cast<const uint16_t*>(p) + group * 16);
+}
+
+// kGroup: columns per group when known at compile time, else 0.
+template <int kRows, bool kInt4, bool kWide, bool kMins, int kGroup>
+void tile(const Tile& t, vf* y) {
+  vf acc[kRows];
+  for (int r = 0; r < kRows; ++r) acc[r] = vf_zero();
+  const int64_t group = kGroup ? kGroup : t.group;
+  const uint8_t* codes = t.codes;
+  // A lone row is bound by memory: fetch well ahead of the hardware prefetcher, which stops at page borders.
+  constexpr bool kPrefetch = kRows <= 4;
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const int8_t* q = t.q + g * group;
+    const int64_t columns = kGroup ? kGroup : (g + 1 == t.groups ? t.kp - g * group : group);
+    vi dot[kRows];
+GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) dot[r] = vi_set1(t.start[r * t.groups + g]);
+    if constexpr (kInt4) {
+GM_UNROLL(8)
+      for (int64_t c = 0; c < columns; c += 8, codes += 64) {
+        if constexpr (kPrefetch) prefetch(codes + 3072);
+        const vb packed = vb_load(codes);
+        const vb low = vb_low_nibble(packed);
+        const vb high = vb_high_nibble(packed);
+GM_UNROLL(12)
+        for (int r = 0; r < kRows; ++r) dot[r] = vi_dot_nibble(dot[r], low, q + r * t.ldq + c);
+GM_UNROLL(12)
+        for (int r = 0; r < kRows; ++r) dot[r] = vi_dot_nibble(dot[r], high, q + r * t.ldq + c + 4);
+      }
+    } else {
+GM_UNROLL(8)
+      for (int64_t c = 0; c < columns; c += 4, codes += 64) {
+        if constexpr (kPrefetch) prefetch(codes + 3072);
+        const vb w = vb_load(codes);
+GM_UNROLL(12)
+        for (int r = 0; r < kRows; ++r) dot[r] = vi_dot(dot[r], w, q + r * t.ldq + c);
+      }
+    }
+    const vf scale = load_scale<kWide>(t.scales, g);
+GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      acc[r] = vf_fma(vi_float(dot[r]), scale * vf_set1(t.x_scale[r * t.groups + g]), acc[r]);
+    }
+    if constexpr (kMins) {
+      const vf low = load_scale<kWide>(t.mins, g);
+GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) acc[r] = vf_fma(low, vf_set1(t.x_sum[r * t.groups + g]), acc[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) y[r] = acc[r];
+}
+
+using TileFn = void (*)(const Tile&, vf*);
+
+template <bool kInt4, bool kWide, bool kMins, int kGroup>
+TileFn pick_rows(int64_t rows) {
+  if constexpr (kTileRows >= 12) {
+    if (rows == 12) return tile<12, kInt4, kWide, kMins, kGroup>;
+    if (rows == 8) return tile<8, kInt4, kWide, kMins, kGroup>;
+  }
+  if constexpr (kTileRows >= 4) {
+    if (rows == 4) return tile<4, kInt4, kWide, kMins, kGroup>;
+    if (rows == 2) return tile<2, kInt4, kWide, kMins, kGroup>;
+  }
+  return tile<1, kInt4, kWide, kMins, kGroup>;
+}
+
+// Common group sizes are compiled in; f32 scales and ragged last groups take the general loop.
+template <bool kInt4>
+TileFn pick_format(const Weight& w, int64_t rows) {
+  const bool mins = w.mins != nullptr;
+  if (w.wide_scales) {
+    return mins ? pick_rows<kInt4, true, true, 0>(rows) : pick_rows<kInt4, true, false, 0>(rows);
+  }
+  const bool whole = w.kp == w.group * w.groups;
+  if (mins) {
+    return whole && w.group == 32 ? pick_rows<kInt4, false, true, 32>(rows)
+                                  : pick_rows<kInt4, false, true, 0>(rows);
+  }
+  if (whole && w.group == 32) return pick_rows<kInt4, false, false, 32>(rows);
+  if (whole && w.group == 64) return pick_rows<kInt4, false, false, 64>(rows);
+  return pick_rows<kInt4, false, false, 0>(rows);
+}
+
+TileFn pick(const Weight& w, int64_t rows) {
+  return w.storage == Storage::kInt4 ? pick_format<true>(w, rows) : pick_format<false>(w, rows);
+}
+
+// The next tile height for `left` rows: as even as the compiled sizes allow.
+int64_t tile_rows(int64_t left) {
+  if (kTileRows >= 12) {
+    if (left == 16 || (left >= 8 && left < 12)) return 8;
+    if (left >= 12) return 12;
+  }
+  if (kTileRows >= 4) {
+    if (left >= 4) return 4;
+    if (left >= 2) return 2;
+  }
+  return 1;
+}
+
+}  // namespace
+
+void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,
+                 const LinearOut& out, void* scratch) {
+  const int64_t count = rows * w.groups;
+  int32_t* start = static_cast<int32_t*>(scratch);
+  float* x_sum = reinterpret_cast<float*>(start + count);
+  for (int64_t i = 0; i < count; ++i) start[i] = -w.offset * x.sum[i];
+  if (w.mins != nullptr) {
+    for (int64_t i = 0; i < count; ++i) x_sum[i] = x.scale[i] * static_cast<float>(x.sum[i]);
+  }
+  const int64_t code_bytes = w.kp * (w.storage == Storage::kInt4 ? 8 : 16);
+  const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
+  // Rows in panels whose codes stay in the L2 cache while all blocks pass over them.
+  const int64_t fit = 393216 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
+  const int64_t panel = fit < 12 ? 12 : fit;
+  for (int64_t p = 0; p < rows; p += panel) {
+    const int64_t p_end = rows - p < panel ? rows : p + panel;
+    for (int64_t b = block_begin; b < block_end; ++b) {
+      const int64_t lanes = w.n - b * 16 < 16 ? w.n - b * 16 : 16;
+      Tile t;
+      t.codes = static_cast<const uint8_t*>(w.values) + b * code_bytes;
+      t.scales = static_cast<const char*>(w.scales) + b * scale_bytes;
+      t.mins = w.mins == nullptr ? nullptr : static_cast<const char*>(w.mins) + b * scale_bytes;
+      t.ldq = x.kp;
+      t.group = w.group;
+      t.groups = w.groups;
+      t.kp = w.kp;
+      const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + b * 16, static_cast<int>(lanes));
+      for (int64_t r = p; r < p_end;) {
+        const int64_t height = tile_rows(p_end - r);
+        t.q = x.q + r * x.kp;
+        t.x_scale = x.scale + r * w.groups;
+        t.start = start + r * w.groups;
+        t.x_sum = x_sum + r * w.groups;
+        vf y[12];
+        pick(w, height)(t, y);
+        for (int64_t i = 0; i < height; ++i) {
+          float* to = out.out + (r + i) * out.ld + b * 16;
+          vf value = y[i] + bias;
+          if (lanes == 16) {
+            if (out.accumulate) value = vf_load(to) + value;
+            vf_store(to, value);
+          } else {
+            if (out.accumulate) value = vf_load_n(to, static_cast<int>(lanes)) + value;
+            vf_store_n(to, value, static_cast<int>(lanes));
+          }
+        }
+        r += height;
+      }
+    }
+  }
+}
+
+}  // namespace gm::GM_LEVEL

@@ -1,0 +1,129 @@
+// Sixteen-lane vectors on AVX-512 with VNNI; BF16 where the level has it.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace gm::GM_LEVEL {
+
+struct vf {
+  __m512 v;
+};
+struct vi {
+  __m512i v;
+};
+struct vb {
+  __m512i v;
+};
+struct vh {
+  __m512i v;
+};
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline vf vf_set1(float x) { return {_mm512_set1_ps(x)}; }
+inline vf vf_zero() { return {_mm512_setzero_ps()}; }
+inline vf vf_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void vf_store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+inline vf vf_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline void vf_store_n(float* p, vf a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline vf vf_fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf vf_max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline vf vf_min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline vf vf_abs(vf a) { return {_mm512_abs_ps(a.v)}; }
+inline vi vf_round(vf a) {
+  return {_mm512_cvt_roundps_epi32(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline vf vi_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline vi vf_bits(vf a) { return {_mm512_castps_si512(a.v)}; }
+inline vf vi_as_float(vi a) { return {_mm512_castsi512_ps(a.v)}; }
+
+inline vi vi_set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline vi vi_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void vi_store(int32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
+inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int kShift>
+inline vi vi_shl(vi a) {
+  return {_mm512_slli_epi32(a.v, kShift)};
+}
+inline void vi_store_i8(int8_t* p, vi a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+inline vi vi_load_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+inline float half_to_float(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
+inline vf vf_load_f16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline vf vf_load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline uint16_t float_to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<uint16_t>(bits >> 16);
+}
+// bf16 in the low half of each lane. Not vcvtneps2bf16: that flushes denormals, and levels must agree.
+inline __m512i round_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i r =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+}
+inline void vf_store_bf16(uint16_t* p, vf a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(round_bf16(a.v)));
+}
+inline void vh_store(uint16_t* p, vh a) { _mm512_storeu_si512(p, a.v); }
+inline vh vh_pack(vf even, vf odd) {
+  return {_mm512_or_si512(round_bf16(even.v), _mm512_slli_epi32(round_bf16(odd.v), 16))};
+}
+
+inline vb vb_load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline vb vb_low_nibble(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline vb vb_high_nibble(vb a) {
+  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+inline vi vi_dot(vi acc, vb w, const int8_t* a) {
+  int32_t four;
+  memcpy(&four, a, 4);
+  return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(four))};
+}
+
+inline vh vh_load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline vf vh_even(vh a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline vf vh_odd(vh a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))))};
+}
+inline float bf16_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+inline vf vf_dot_bf16(vf acc, vh w, const uint16_t* a) {
+#if defined(__AVX512BF16__)
+  uint32_t pair;
+  memcpy(&pair, a, 4);
+  return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w.v),
+                           reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int32_t>(pair))))};
+#else
+  acc = vf_fma(vh_odd(w), vf_set1(bf16_to_float(a[1])), acc);
+  return vf_fma(vh_even(w), vf_set1(bf16_to_float(a[0])), acc);
+#endif
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace gm::GM_LEVEL

@@ -1,0 +1,78 @@
+// The vector vocabulary of the level being compiled: sixteen f32 or int32 lanes, whatever the register width, so
+// that one kernel source has one order of operations and the same bits at every level.
+//
+// vf: 16 f32; vi: 16 int32; vb: 64 unsigned bytes; vh: 32 bf16 as 16 pairs.
+#pragma once
+
+#if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
+#include "vec/avx512.h"
+#elif defined(GM_LEVEL_avx2)
+#include "vec/avx2.h"
+#else
+#include "vec/portable.h"
+#endif
+
+// Rows of activations that a register tile holds beside the weights, and loops the compiler must unroll to keep
+// them there. The portable level has no registers to fill, and unrolling it only swells the code.
+#if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
+#define GM_TILE_ROWS 12
+#elif defined(GM_LEVEL_avx2)
+#define GM_TILE_ROWS 4
+#else
+#define GM_TILE_ROWS 1
+#endif
+#define GM_PRAGMA(x) _Pragma(#x)
+#if GM_TILE_ROWS > 1
+#define GM_UNROLL(n) GM_PRAGMA(GCC unroll n)
+#else
+#define GM_UNROLL(n)
+#endif
+
+namespace gm::GM_LEVEL {
+
+inline constexpr int kTileRows = GM_TILE_ROWS;
+
+#if !defined(GM_LEVEL_avx2)
+inline vi vi_dot_nibble(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a); }
+#endif
+
+// Sum of the sixteen lanes in one fixed order: halves are folded onto each other (8, 4, 2, 1).
+inline float vf_sum(vf x) {
+  alignas(64) float v[16];
+  vf_store(v, x);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+inline float vf_max_lane(vf x) {
+  alignas(64) float v[16];
+  vf_store(v, x);
+  float m = v[0];
+  for (int i = 1; i < 16; ++i) m = m < v[i] ? v[i] : m;
+  return m;
+}
+
+// exp(x), about 1.5 ulp for x in [-87, 88]; below that it is 0, above it is clamped.
+// Cody-Waite reduction by ln 2 in two parts, then a degree-6 polynomial, then the exponent field.
+inline vf vf_exp(vf x) {
+  const vf low = vf_set1(-87.0f);
+  const vf clamped = vf_min(vf_max(x, low), vf_set1(88.0f));
+  const vi n = vf_round(clamped * vf_set1(1.44269504088896341f));
+  const vf nf = vi_float(n);
+  vf r = vf_fma(nf, vf_set1(-0.693359375f), clamped);
+  r = vf_fma(nf, vf_set1(2.12194440e-4f), r);
+  vf p = vf_set1(1.9875691500e-4f);
+  p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+  p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+  p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+  p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+  p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+  p = vf_fma(p, r * r, r) + vf_set1(1.0f);
+  const vf scaled = vi_as_float(vf_bits(p) + vi_shl<23>(n));
+  // Branch-free zero below the range: (x - low) clamped to [0, 1] times a large factor, then to [0, 1].
+  const vf keep = vf_min(vf_max((x - low) * vf_set1(1e30f), vf_zero()), vf_set1(1.0f));
+  return scaled * keep;
+}
+
+}  // namespace gm::GM_LEVEL

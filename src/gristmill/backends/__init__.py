@@ -1,0 +1,1 @@
+"""Executors: each runs a step program on one kind of machine."""
