@@ -1,0 +1,477 @@
+#include "runtime/program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <set>
+#include <stdexcept>
+
+namespace gm {
+namespace {
+
+// Values of a row set that every thread computes for itself rather than wait for the others.
+constexpr int64_t kPrivateValues = 8192;
+
+int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct Range {
+  int64_t begin, end;
+};
+Range split(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Program::Program(const KernelTable* kernels, std::shared_ptr<Pool> pool)
+    : kernels_(kernels), pool_(std::move(pool)) {
+  costs_.resize(static_cast<size_t>(pool_->threads()));
+}
+
+int64_t Program::add_weight(const Weight& weight) {
+  weights_.push_back(weight);
+  return static_cast<int64_t>(weights_.size()) - 1;
+}
+
+int64_t Program::add_vector(std::vector<float> values) {
+  vectors_.push_back(std::move(values));
+  return static_cast<int64_t>(vectors_.size()) - 1;
+}
+
+int64_t Program::add_buffer(const BufferSpec& spec) {
+  Buffer b;
+  b.spec = spec;
+  if (b.spec.padded < b.spec.width) b.spec.padded = b.spec.width;
+  buffers_.push_back(b);
+  reserved_tokens_ = reserved_logits_ = 0;
+  return static_cast<int64_t>(buffers_.size()) - 1;
+}
+
+int64_t Program::add_rope() {
+  ropes_.emplace_back();
+  return static_cast<int64_t>(ropes_.size()) - 1;
+}
+
+void Program::set_rope(int64_t index, std::vector<float> cos, std::vector<float> sin, int64_t half) {
+  Rope& r = ropes_.at(static_cast<size_t>(index));
+  if (half < 1 || cos.size() != sin.size() || cos.size() % static_cast<size_t>(half) != 0) {
+    throw std::invalid_argument("rope tables must be [positions][half]");
+  }
+  r.positions = static_cast<int64_t>(cos.size()) / half;
+  r.half = half;
+  r.cos = std::move(cos);
+  r.sin = std::move(sin);
+}
+
+void Program::add_node(Node node) {
+  auto known = [this](int64_t b) { return b >= 0 && b < static_cast<int64_t>(buffers_.size()); };
+  bool good = true;
+  for (const int64_t b : node.in) good &= known(b);
+  for (const int64_t b : node.out) good &= known(b);
+  for (const LinearTerm& t : node.terms) {
+    good &= known(t.input) && known(t.output) && t.weight >= 0 && t.weight < static_cast<int64_t>(weights_.size()) &&
+            t.bias < static_cast<int64_t>(vectors_.size());
+  }
+  if (!good) throw std::invalid_argument("node '" + node.name + "' names an unknown buffer or weight");
+  nodes_.push_back(std::move(node));
+  times_.push_back({nodes_.back().name, 0.0});
+  reserved_tokens_ = reserved_logits_ = 0;
+}
+
+void Program::check(const StepInput& in) const {
+  if (logits_ < 0) throw std::invalid_argument("the program has no logits buffer");
+  if (in.views.size() != in.lengths.size()) throw std::invalid_argument("one length per view is needed");
+  int64_t total = 0;
+  for (size_t s = 0; s < in.views.size(); ++s) {
+    const int64_t n = in.lengths[s];
+    const KvView& v = *in.views[s];
+    if (n < 0) throw std::invalid_argument("negative number of tokens");
+    if (v.length() + n > v.capacity()) {
+      throw std::invalid_argument("sequence of " + std::to_string(v.length()) + " tokens plus " + std::to_string(n) +
+                                  " exceeds its capacity of " + std::to_string(v.capacity()));
+    }
+    for (const KvLayer& l : geometry_.layers) {
+      if (l.window != 0 && n > geometry_.max_step) {
+        throw std::invalid_argument("a step takes at most " + std::to_string(geometry_.max_step) +
+                                    " tokens of one sequence");
+      }
+    }
+    for (const Rope& r : ropes_) {
+      if (v.length() + n > r.positions) throw std::invalid_argument("position beyond the rope table");
+    }
+    for (size_t other = 0; other < s; ++other) {
+      if (in.views[other] == in.views[s]) throw std::invalid_argument("a view appears twice in one step");
+    }
+    total += n;
+  }
+  if (total != in.token_count) throw std::invalid_argument("lengths do not add up to the tokens given");
+  for (int64_t i = 0; i < in.logit_count; ++i) {
+    if (in.logit_rows[i] < 0 || in.logit_rows[i] >= in.token_count) {
+      throw std::invalid_argument("logit row out of range");
+    }
+  }
+  for (const Node& node : nodes_) {
+    if (node.op != Op::kEmbedding) continue;
+    const int64_t n = weights_[static_cast<size_t>(node.weight)].n;
+    for (int64_t i = 0; i < in.token_count; ++i) {
+      if (in.tokens[i] < 0 || in.tokens[i] >= n) {
+        throw std::invalid_argument("token " + std::to_string(in.tokens[i]) + " is outside the vocabulary of " +
+                                    std::to_string(n));
+      }
+    }
+  }
+}
+
+void Program::reserve(int64_t tokens, int64_t logits) {
+  if (tokens <= reserved_tokens_ && logits <= reserved_logits_) return;
+  reserved_tokens_ = std::max(tokens, reserved_tokens_);
+  reserved_logits_ = std::max(logits, reserved_logits_);
+  const int threads = pool_->threads();
+  int64_t total = 0;
+  std::vector<int64_t> offsets;
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    Buffer& b = buffers_[i];
+    if (static_cast<int64_t>(i) == logits_) {  // the caller's memory
+      offsets.push_back(0);
+      continue;
+    }
+    const int64_t rows = b.spec.rows == Rows::kTokens ? reserved_tokens_ : reserved_logits_;
+    const int64_t groups = b.spec.group > 0 ? (b.spec.width + b.spec.group - 1) / b.spec.group : 0;
+    auto bytes_of = [&](int64_t n) -> int64_t {
+      switch (b.spec.encoding) {
+        case Encoding::kF32: return align64(n * b.spec.padded * 4);
+        case Encoding::kBf16: return align64(n * b.spec.padded * 2);
+        default: return align64(n * b.spec.padded) + 2 * align64(n * groups * 4);
+      }
+    };
+    const int64_t few = std::min(rows, std::max<int64_t>(1, kPrivateValues / std::max<int64_t>(1, b.spec.padded)));
+    b.copy_bytes = bytes_of(few) + 64;
+    // Slack after the last row: kernels may read a full vector there.
+    const int64_t bytes = std::max(bytes_of(rows), b.spec.private_copies ? b.copy_bytes * threads : 0) + 128;
+    offsets.push_back(total);
+    total += align64(bytes);
+  }
+  workspace_ = Arena();
+  workspace_ = Arena(static_cast<size_t>(total), true);
+  for (size_t i = 0; i < buffers_.size(); ++i) buffers_[i].data = workspace_.data() + offsets[i];
+
+  scratch_bytes_ = 4096;
+  for (const Node& node : nodes_) {
+    for (const LinearTerm& t : node.terms) {
+      const Buffer& out = buffers_[static_cast<size_t>(t.output)];
+      const int64_t rows = out.spec.rows == Rows::kTokens ? reserved_tokens_ : reserved_logits_;
+      scratch_bytes_ =
+          std::max(scratch_bytes_, linear_scratch_bytes(weights_[static_cast<size_t>(t.weight)], rows));
+    }
+  }
+}
+
+// Decides for this step's shape which buffers are private and where the threads must meet.
+void Program::plan(int64_t tokens, int64_t logits) {
+  if (tokens == tokens_ && logits == logit_rows_ && barrier_before_.size() == nodes_.size()) return;
+  tokens_ = tokens;
+  logit_rows_ = logits;
+  for (Buffer& b : buffers_) {
+    b.replicated = pool_->threads() > 1 && b.spec.private_copies && rows_of(b) * b.spec.padded <= kPrivateValues;
+    const int64_t groups = b.spec.group > 0 ? (b.spec.width + b.spec.group - 1) / b.spec.group : 0;
+    const int64_t rows = rows_of(b);
+    b.scale_at = align64(rows * b.spec.padded);
+    b.sum_at = b.scale_at + align64(rows * groups * 4);
+  }
+  barrier_before_.assign(nodes_.size(), 0);
+  std::set<int64_t> read, written;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    const Node& node = nodes_[i];
+    std::set<int64_t> r(node.in.begin(), node.in.end()), w(node.out.begin(), node.out.end());
+    for (const LinearTerm& t : node.terms) {
+      r.insert(t.input);
+      w.insert(t.output);
+    }
+    auto shared = [this](int64_t b) { return !buffers_[static_cast<size_t>(b)].replicated; };
+    auto meets = [&](const std::set<int64_t>& a, const std::set<int64_t>& b) {
+      return std::any_of(a.begin(), a.end(), [&](int64_t x) { return shared(x) && b.count(x) != 0; });
+    };
+    if (meets(r, written) || meets(w, read) || meets(w, written)) {
+      barrier_before_[i] = 1;
+      read.clear();
+      written.clear();
+    }
+    read.insert(r.begin(), r.end());
+    written.insert(w.begin(), w.end());
+  }
+}
+
+Int8Rows Program::int8(const Buffer& b, int thread) const {
+  Int8Rows x;
+  char* base = at(b, thread);
+  x.q = reinterpret_cast<int8_t*>(base);
+  x.scale = reinterpret_cast<float*>(base + b.scale_at);
+  x.sum = reinterpret_cast<int32_t*>(base + b.sum_at);
+  x.kp = b.spec.padded;
+  x.groups = (b.spec.width + b.spec.group - 1) / b.spec.group;
+  return x;
+}
+
+bool Program::run(const StepInput& input) {
+  check(input);
+  if (input.token_count == 0) return true;
+  reserve(input.token_count, input.logit_count);
+  plan(input.token_count, input.logit_count);
+  input_ = &input;
+  buffers_[static_cast<size_t>(logits_)].data = reinterpret_cast<char*>(input.logits);
+
+  const size_t count = input.views.size();
+  sequences_.resize(geometry_.layers.size() * count);
+  for (size_t layer = 0; layer < geometry_.layers.size(); ++layer) {
+    int64_t row = 0;
+    for (size_t s = 0; s < count; ++s) {
+      AttentionSequence& a = sequences_[layer * count + s];
+      a.kv = input.views[s]->segment(static_cast<int64_t>(layer));
+      a.row = row;
+      a.rows = input.lengths[s];
+      a.start = input.views[s]->length();
+      row += input.lengths[s];
+    }
+  }
+  int64_t partials = 0, scratch = scratch_bytes_;
+  for (const Node& node : nodes_) {
+    if (node.op != Op::kAttention) continue;
+    AttentionArgs a = node.attention;
+    a.sequences = sequences_.data() + static_cast<size_t>(node.layer) * count;
+    a.sequence_count = static_cast<int64_t>(count);
+    partials = std::max(partials, kernels_->attention_partial_floats(a));
+    scratch = std::max(scratch, kernels_->attention_scratch_bytes(a));
+  }
+  scratch = align64(scratch);
+  const auto scratch_total = static_cast<size_t>(scratch * pool_->threads());
+  if (scratch_total > scratch_.bytes()) {
+    scratch_ = Arena();
+    scratch_ = Arena(scratch_total, true);
+  }
+  scratch_bytes_ = scratch;
+  if (static_cast<size_t>(partials) * 4 > partials_.bytes()) {
+    partials_ = Arena();
+    partials_ = Arena(static_cast<size_t>(partials) * 8, true);
+  }
+
+  stop_[0] = stop_[1] = 0;
+  pool_->run([this](int thread) { run_thread(thread); });
+  const bool cancelled = stop_[0] != 0 || stop_[1] != 0;
+  input_ = nullptr;
+  if (cancelled) return false;
+  for (size_t s = 0; s < count; ++s) input.views[s]->append(input.lengths[s]);
+  return true;
+}
+
+void Program::run_thread(int thread) {
+  uint32_t meeting = 0;
+  double last = profiling_ && thread == 0 ? now() : 0;
+  for (size_t i = 0; i < nodes_.size(); ++i) {
+    if (barrier_before_[i] != 0) {
+      // Thread 0 alone looks at the flag; the slot it writes is read by all after the barrier and reused only after
+      // the next one, so every thread leaves at the same node.
+      int32_t& stop = stop_[meeting++ & 1];
+      if (thread == 0) stop = input_->cancel != nullptr && *input_->cancel != 0 ? 1 : 0;
+      pool_->barrier();
+      if (stop != 0) return;
+    }
+    run_node(nodes_[i], thread);
+    if (profiling_ && thread == 0) {
+      const double t = now();
+      times_[i].seconds += t - last;
+      last = t;
+    }
+  }
+}
+
+void Program::run_node(const Node& node, int thread) {
+  const int threads = pool_->threads();
+  switch (node.op) {
+    case Op::kEmbedding: {
+      const Weight& w = weights_[static_cast<size_t>(node.weight)];
+      float* out = f32(node.out[0], thread);
+      const Range r = split(tokens_, thread, threads);
+      for (int64_t i = r.begin; i < r.end; ++i) {
+        kernels_->decode_row(w, input_->tokens[i], out + i * w.k);
+        if (node.scale != 1.0f) {
+          for (int64_t c = 0; c < w.k; ++c) out[i * w.k + c] *= node.scale;
+        }
+      }
+      return;
+    }
+    case Op::kRmsNorm: {
+      const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
+      const int64_t width = to.spec.width, part = width / node.heads;
+      const float* x = f32(node.in[0], thread);
+      float* y = f32(node.out[0], thread);
+      const float* w = vectors_[static_cast<size_t>(node.vector)].data();
+      const int64_t rows = rows_of(to);
+      const Range r = to.replicated ? Range{0, rows} : split(rows, thread, threads);
+      const int64_t from = r.begin * width;
+      kernels_->rmsnorm(x + from, part, w, y + from, part, (r.end - r.begin) * node.heads, part, node.eps);
+      return;
+    }
+    case Op::kAdd: {
+      const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
+      const int64_t width = to.spec.width;
+      const Range r = split(rows_of(to), thread, threads);
+      kernels_->add(f32(node.out[0], thread) + r.begin * width, width, f32(node.in[0], thread) + r.begin * width,
+                    width, r.end - r.begin, width);
+      return;
+    }
+    case Op::kEncode: {
+      const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
+      const int64_t rows = rows_of(to);
+      const int64_t ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
+      const Range r = to.replicated ? Range{0, rows} : split(rows, thread, threads);
+      const float* x = f32(node.in[0], thread) + r.begin * ldx;
+      if (to.spec.encoding == Encoding::kBf16) {
+        auto* out = reinterpret_cast<uint16_t*>(at(to, thread)) + r.begin * to.spec.padded;
+        kernels_->encode_bf16(x, ldx, r.end - r.begin, to.spec.width, to.spec.padded, out);
+        return;
+      }
+      const Int8Rows q = int8(to, thread);
+      kernels_->encode_int8(x, ldx, r.end - r.begin, to.spec.width, to.spec.group, to.spec.padded,
+                            const_cast<int8_t*>(q.q) + r.begin * q.kp,
+                            const_cast<float*>(q.scale) + r.begin * q.groups,
+                            const_cast<int32_t*>(q.sum) + r.begin * q.groups);
+      return;
+    }
+    case Op::kLinears: run_linears(node, thread); return;
+    case Op::kAttention: run_attention(node, thread); return;
+    case Op::kSelectRows: {
+      const int64_t width = buffers_[static_cast<size_t>(node.out[0])].spec.width;
+      const float* x = f32(node.in[0], thread);
+      float* y = f32(node.out[0], thread);
+      const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
+      const Range r = to.replicated ? Range{0, logit_rows_} : split(logit_rows_, thread, threads);
+      for (int64_t i = r.begin; i < r.end; ++i) {
+        std::memcpy(y + i * width, x + input_->logit_rows[i] * width, static_cast<size_t>(width) * 4);
+      }
+      return;
+    }
+  }
+}
+
+void Program::run_linears(const Node& node, int thread) {
+  const int threads = pool_->threads();
+  char* scratch = scratch_.data() + thread * scratch_bytes_;
+  // All terms' blocks in one line, cut evenly by bytes; gate and up are cut alike, so that a thread has both.
+  int64_t total = 0;
+  for (const LinearTerm& t : node.terms) {
+    const Weight& w = weights_[static_cast<size_t>(t.weight)];
+    total += w.blocks() * w.kp;
+  }
+  const Range mine = split(total, thread, threads);
+  int64_t before = 0;
+  for (const LinearTerm& t : node.terms) {
+    const Weight& w = weights_[static_cast<size_t>(t.weight)];
+    Range blocks;
+    if (node.gate) {
+      blocks = split(w.blocks(), thread, threads);
+    } else {
+      auto cut = [&](int64_t at) {
+        return std::clamp<int64_t>((at - before + w.kp - 1) / std::max<int64_t>(1, w.kp), 0, w.blocks());
+      };
+      blocks = {mine.begin <= before ? 0 : cut(mine.begin), mine.end <= before ? 0 : cut(mine.end)};
+    }
+    before += w.blocks() * w.kp;
+    if (blocks.begin >= blocks.end) continue;
+    const Buffer& to = buffers_[static_cast<size_t>(t.output)];
+    const Buffer& from = buffers_[static_cast<size_t>(t.input)];
+    LinearOut out;
+    out.out = f32(t.output, thread);
+    out.ld = to.spec.padded;
+    out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
+    out.accumulate = t.accumulate;
+    const int64_t rows = rows_of(to);
+    switch (from.spec.encoding) {
+      case Encoding::kInt8:
+        kernels_->linear_int8(w, int8(from, thread), rows, blocks.begin, blocks.end, out, scratch);
+        break;
+      case Encoding::kBf16:
+        kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)), from.spec.padded, rows,
+                              blocks.begin, blocks.end, out, scratch);
+        break;
+      case Encoding::kF32:
+        kernels_->linear_f32(w, f32(t.input, thread), from.spec.padded, rows, blocks.begin, blocks.end, out,
+                             scratch);
+        break;
+    }
+  }
+  if (node.gate) {
+    const LinearTerm& gate = node.terms[0];
+    const Weight& w = weights_[static_cast<size_t>(gate.weight)];
+    const Range blocks = split(w.blocks(), thread, threads);
+    const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
+    if (begin < end) {
+      const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
+      float* g = f32(gate.output, thread) + begin;
+      kernels_->gated(g, f32(node.terms[1].output, thread) + begin, g, to.spec.padded, rows_of(to), end - begin,
+                      node.activation);
+    }
+  }
+}
+
+void Program::run_attention(const Node& node, int thread) {
+  const int threads = pool_->threads();
+  const size_t count = input_->views.size();
+  AttentionArgs a = node.attention;
+  auto width = [this](int64_t b) { return buffers_[static_cast<size_t>(b)].spec.padded; };
+  a.q = f32(node.in[0], thread);
+  a.ldq = width(node.in[0]);
+  a.k = f32(node.in[1], thread);
+  a.ldk = width(node.in[1]);
+  a.v = f32(node.in[2], thread);
+  a.ldv = width(node.in[2]);
+  a.out = f32(node.out[0], thread);
+  a.ldo = width(node.out[0]);
+  if (node.rope >= 0) {
+    const Rope& r = ropes_[static_cast<size_t>(node.rope)];
+    a.cos = r.cos.data();
+    a.sin = r.sin.data();
+    a.rope_dim = 2 * r.half;
+  }
+  a.sequences = sequences_.data() + static_cast<size_t>(node.layer) * count;
+  a.sequence_count = static_cast<int64_t>(count);
+  a.partials = reinterpret_cast<float*>(partials_.data());
+
+  const Range rows = split(tokens_, thread, threads);
+  kernels_->attention_prepare(a, rows.begin, rows.end);
+  pool_->barrier();
+
+  const int64_t items = kernels_->attention_items(a);
+  std::vector<float>& costs = costs_[static_cast<size_t>(thread)];
+  if (static_cast<int64_t>(costs.size()) < items) costs.resize(static_cast<size_t>(items));
+  kernels_->attention_costs(a, costs.data());
+  double total = 0;
+  for (int64_t i = 0; i < items; ++i) total += costs[static_cast<size_t>(i)];
+  // Item i belongs to the thread in whose share of the total cost its middle lies.
+  int64_t begin = items, end = items;
+  double before = 0;
+  for (int64_t i = 0; i < items; ++i) {
+    const double middle = before + 0.5 * costs[static_cast<size_t>(i)];
+    before += costs[static_cast<size_t>(i)];
+    const int owner = std::min(threads - 1, static_cast<int>(middle * threads / std::max(total, 1e-30)));
+    if (owner == thread && begin == items) begin = i;
+    if (owner > thread) {
+      end = i;
+      break;
+    }
+  }
+  if (begin < end) kernels_->attention_spans(a, begin, end, scratch_.data() + thread * scratch_bytes_);
+  pool_->barrier();
+  kernels_->attention_merge(a, rows.begin, rows.end);
+}
+
+void Program::set_profiling(bool on) {
+  profiling_ = on;
+  for (NodeTime& t : times_) t.seconds = 0;
+}
+
+std::vector<NodeTime> Program::profile() const { return times_; }
+
+}  // namespace gm

@@ -1,0 +1,161 @@
+// A lowered program: nodes over buffers, run by a team of threads in one call per step.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gristmill/kernel.h"
+#include "runtime/arena.h"
+#include "runtime/kv.h"
+#include "runtime/pool.h"
+
+namespace gm {
+
+enum class Rows : int32_t { kTokens = 0, kLogits = 1 };
+enum class Encoding : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2 };
+
+// A matrix with one row per token or per wanted logit row.
+struct BufferSpec {
+  Encoding encoding = Encoding::kF32;
+  Rows rows = Rows::kTokens;
+  int64_t width = 0;   // columns used
+  int64_t padded = 0;  // columns stored (encodings pad with zeros)
+  int64_t group = 0;   // of int8
+  // Small results may be computed by every thread into a copy of its own, which is cheaper than a barrier.
+  bool private_copies = false;
+};
+
+enum class Op : int32_t {
+  kEmbedding,
+  kRmsNorm,
+  kAdd,
+  kEncode,
+  kLinears,
+  kAttention,
+  kSelectRows,
+};
+
+// One packed weight of a kLinears node and where its result goes.
+struct LinearTerm {
+  int64_t weight = 0;  // index of the weight
+  int64_t input = 0;   // buffer: f32, bf16 or int8; its encoding names the arithmetic
+  int64_t output = 0;  // f32 buffer
+  int64_t bias = -1;   // index of a vector, or -1
+  bool accumulate = false;
+};
+
+struct Node {
+  Op op = Op::kAdd;
+  std::string name;
+  std::vector<int64_t> in, out;
+  std::vector<LinearTerm> terms;  // kLinears
+  bool gate = false;              // kLinears: terms 0 and 1 are gate and up; output 0 becomes act(gate) * up
+  Activation activation = Activation::kSilu;
+  int64_t weight = -1;  // kEmbedding: packed weight
+  int64_t vector = -1;  // kRmsNorm: index of the weight vector
+  float eps = 0, scale = 1;
+  int64_t heads = 1;          // kRmsNorm: the row is normalised in `heads` equal parts
+  int64_t layer = 0;          // kAttention
+  AttentionArgs attention;    // kAttention: constants only
+  int64_t rope = -1;          // kAttention: index of the rope table
+};
+
+struct StepInput {
+  const int32_t* tokens = nullptr;
+  int64_t token_count = 0;
+  std::vector<KvView*> views;
+  std::vector<int64_t> lengths;  // new tokens per view
+  const int32_t* logit_rows = nullptr;
+  int64_t logit_count = 0;
+  float* logits = nullptr;       // [logit_count][vocabulary]
+  const volatile int32_t* cancel = nullptr;  // polled between nodes; may be null
+};
+
+// Seconds per node, summed over the steps since the last reset.
+struct NodeTime {
+  std::string name;
+  double seconds = 0;
+};
+
+class Program {
+ public:
+  Program(const KernelTable* kernels, std::shared_ptr<Pool> pool);
+
+  int64_t add_weight(const Weight& weight);
+  int64_t add_vector(std::vector<float> values);
+  int64_t add_buffer(const BufferSpec& spec);
+  int64_t add_rope();
+  // Replaces a table: cos and sin, [positions][half].
+  void set_rope(int64_t index, std::vector<float> cos, std::vector<float> sin, int64_t half);
+  void add_node(Node node);
+  void set_geometry(const KvGeometry& geometry) { geometry_ = geometry; }
+  const KvGeometry& geometry() const { return geometry_; }
+  // The f32 buffer whose rows are the logits.
+  void set_logits(int64_t buffer) { logits_ = buffer; }
+
+  // Runs one step and appends its tokens to the views; false if cancelled, which leaves the views' lengths alone.
+  // Throws std::invalid_argument for a step that does not fit. The GIL is not needed.
+  bool run(const StepInput& input);
+
+  void set_profiling(bool on);
+  std::vector<NodeTime> profile() const;
+  int threads() const { return pool_->threads(); }
+  const KernelTable* kernels() const { return kernels_; }
+  int64_t vocabulary() const { return buffers_[static_cast<size_t>(logits_)].spec.width; }
+
+ private:
+  struct Buffer {
+    BufferSpec spec;
+    char* data = nullptr;    // copy 0
+    int64_t copy_bytes = 0;  // distance between copies
+    int64_t row_bytes = 0;
+    int64_t scale_at = 0, sum_at = 0;  // int8: offsets of scales and sums within a copy
+    bool replicated = false;           // in the step being run
+  };
+
+  void check(const StepInput& input) const;
+  void reserve(int64_t tokens, int64_t logits);
+  void plan(int64_t tokens, int64_t logits);
+  int64_t rows_of(const Buffer& b) const { return b.spec.rows == Rows::kTokens ? tokens_ : logit_rows_; }
+  char* at(const Buffer& b, int thread) const { return b.data + (b.replicated ? thread * b.copy_bytes : 0); }
+  float* f32(int64_t buffer, int thread) const {
+    return reinterpret_cast<float*>(at(buffers_[static_cast<size_t>(buffer)], thread));
+  }
+  Int8Rows int8(const Buffer& b, int thread) const;
+  void run_thread(int thread);
+  void run_node(const Node& node, int thread);
+  void run_linears(const Node& node, int thread);
+  void run_attention(const Node& node, int thread);
+
+  const KernelTable* kernels_;
+  std::shared_ptr<Pool> pool_;
+  std::vector<Weight> weights_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<Buffer> buffers_;
+  struct Rope {
+    std::vector<float> cos, sin;
+    int64_t half = 0, positions = 0;
+  };
+  std::vector<Rope> ropes_;
+  std::vector<Node> nodes_;
+  KvGeometry geometry_;
+  int64_t logits_ = -1;
+
+  // State of the step being run.
+  const StepInput* input_ = nullptr;
+  int64_t tokens_ = 0, logit_rows_ = 0;
+  int64_t reserved_tokens_ = 0, reserved_logits_ = 0;
+  std::vector<char> barrier_before_;
+  std::vector<AttentionSequence> sequences_;  // [layer][sequence]
+  std::vector<std::vector<float>> costs_;     // per thread
+  Arena workspace_, scratch_, partials_;
+  int64_t scratch_bytes_ = 0;
+  int32_t stop_[2] = {0, 0};
+  bool profiling_ = false;
+  std::vector<NodeTime> times_;
+};
+
+}  // namespace gm

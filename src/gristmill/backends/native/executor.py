@@ -1,0 +1,271 @@
+"""The native executor: a lowered program, its weights and its threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.backends.native import _native
+from gristmill.backends.native.lower import lower
+from gristmill.backends.native.weights import NativeWeight, WeightStore
+from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
+from gristmill.program.batch import Batch, CancelFlag, KVView
+from gristmill.program.nodes import Program
+
+if TYPE_CHECKING:
+    from gristmill.formats.packed import Packed
+
+ACTIVATIONS = ("exact", "bf16", "fast")
+KV_DTYPES = ("f32", "bf16")
+MAX_STEP_TOKENS = 512
+_NO_CANCEL = np.zeros(0, np.int32)
+
+
+def default_threads() -> int:
+    """Processors this process may use: affinity, cut by the cgroup's CPU quota."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return max(1, count)
+
+
+class NativeKVView:
+    """One sequence's keys and values in native memory."""
+
+    def __init__(self, native: _native.KvView) -> None:
+        self._native: _native.KvView | None = native
+
+    @property
+    def native(self) -> _native.KvView:
+        """The C++ view; raises GristmillError once closed."""
+        if self._native is None:
+            raise GristmillError("the sequence's KV view is closed")
+        return self._native
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens it can hold."""
+        return int(self.native.capacity)
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return int(self.native.length)
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from `length` on. UsageError where a sliding window has moved on."""
+        try:
+            self.native.truncate(length)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    def nbytes(self) -> int:
+        """Bytes of the blocks in use."""
+        return int(self.native.used_bytes())
+
+    def close(self) -> None:
+        """Gives the memory back. Idempotent."""
+        self._native = None
+
+
+class NativeExecutor:
+    """Runs a semantic program on the CPU.
+
+    activations: `exact` (f32), `bf16`, or `fast` (int8 per token and group for integer weights; float weights as
+    stored). kv_dtype: `f32` or `bf16`. A row's result does not depend on the other rows, the thread count, or where
+    a prompt was cut.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        packed: Mapping[str, Packed],
+        vectors: Mapping[str, NDArray[np.float32]],
+        *,
+        activations: str = "fast",
+        kv_dtype: str = "bf16",
+        threads: int | None = None,
+        level: str | None = None,
+    ) -> None:
+        if activations not in ACTIVATIONS:
+            raise UsageError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
+        if kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {kv_dtype!r}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise UsageError(f"threads must be between 1 and 1024, not {threads}")
+        self.program = program
+        self.activations = activations
+        self.kv_dtype = kv_dtype
+        try:
+            self.level = level or _native.default_level()
+            self._pool = _native.Pool(threads or default_threads())
+            self._native = _native.Program(self.level, self._pool)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        used = sorted({name for node in program.nodes for name in node.weights if name in packed})
+        self._store = WeightStore([packed[name] for name in used])
+        self.weights: dict[str, NativeWeight] = {}
+
+        def weight(name: str) -> NativeWeight:
+            if name not in self.weights:
+                if name not in packed:
+                    raise ModelError(f"the model has no tensor {name!r}")
+                self.weights[name] = self._store.register(self._native, name, packed[name])
+            return self.weights[name]
+
+        def vector(name: str) -> NDArray[np.float32]:
+            if name not in vectors:
+                raise ModelError(f"the model has no tensor {name!r}")
+            return vectors[name]
+
+        attention = [node for node in program.nodes if node.op == "attention"]
+        for node in attention:
+            if int(node.attributes["head_dim"]) % 16:
+                raise ModelError(
+                    f"the native backend cannot run node {node.name!r}: "
+                    f"head_dim {node.attributes['head_dim']} is not a multiple of 16"
+                )
+        geometry = [
+            (
+                int(n.attributes.get("window", 0)),
+                int(n.attributes["kv_heads"]),
+                int(n.attributes["head_dim"]),
+            )
+            for n in attention
+        ]
+        self._native.set_geometry(geometry, 2 if kv_dtype == "bf16" else 4, MAX_STEP_TOKENS)
+        layers = {str(node.state): i for i, node in enumerate(attention)}
+        bf16_math = kv_dtype == "bf16" and activations != "exact"
+        lowered = lower(program, self._native, weight, vector, activations, bf16_math, layers)
+        self._ropes = lowered.ropes
+        self._positions = 0
+        self.vocab_size = lowered.vocab_size
+        self.weight_bytes = sum(w.nbytes for w in self.weights.values())
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint_dir: Path,
+        *,
+        activations: str | None = None,
+        kv_dtype: str = "bf16",
+        threads: int | None = None,
+        level: str | None = None,
+    ) -> NativeExecutor:
+        """Opens a checkpoint directory. activations None: `fast` for integer formats, else as stored."""
+        from gristmill.io.checkpoint import Checkpoint
+        from gristmill.models import build_program
+
+        checkpoint = Checkpoint.open(checkpoint_dir)
+        program = build_program(checkpoint.config)
+        return cls(
+            program,
+            _Tensors(checkpoint.packed, checkpoint.names()),
+            _Tensors(checkpoint.vector, checkpoint.names()),
+            activations=activations or "fast",
+            kv_dtype=kv_dtype,
+            threads=threads,
+            level=level,
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads that run a step."""
+        return int(self._pool.threads)
+
+    def _extend_positions(self, count: int) -> None:
+        if count <= self._positions:
+            return
+        from gristmill.program.rope import rope_inverse_frequencies
+
+        self._positions = max(512, 1 << (count - 1).bit_length())
+        for table, attributes in self._ropes:
+            inverse, factor = rope_inverse_frequencies(attributes["rope"], attributes["head_dim"])
+            # float32 throughout, as the models were trained with.
+            angles = np.arange(self._positions, dtype=np.float32)[:, None] * inverse.astype(np.float32)[None, :]
+            scale = np.float32(factor)
+            self._native.set_rope(table, np.cos(angles) * scale, np.sin(angles) * scale)
+
+    def allocate(self, capacity: int) -> NativeKVView:
+        """A view for a sequence of up to `capacity` tokens; its pages are committed as they are written."""
+        self._extend_positions(capacity)
+        try:
+            return NativeKVView(self._native.allocate(capacity))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        except MemoryError:
+            raise GristmillError(f"no memory for a KV cache of {capacity} tokens") from None
+
+    def step(self, batch: Batch, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        """Runs the tokens of `batch` and appends them to their views: logits [R, vocab] float32.
+
+        Raises Cancelled (views unchanged) and UsageError (a step that does not fit).
+        """
+        logits = np.empty((len(batch.logit_rows), self.vocab_size), np.float32)
+        views: list[Any] = [_native_view(view) for view in batch.views]
+        try:
+            done = self._native.run(
+                batch.tokens,
+                views,
+                batch.lengths.tolist(),
+                batch.logit_rows,
+                logits,
+                _NO_CANCEL if cancel is None else cancel.word,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if not done:
+            raise Cancelled("cancelled")
+        return logits
+
+    def profile(self, on: bool) -> None:
+        """Starts (and clears) or stops the per-node clock."""
+        self._native.set_profiling(on)
+
+    def node_times(self) -> list[tuple[str, float]]:
+        """Seconds per native node since profiling was switched on."""
+        return [(str(name), float(seconds)) for name, seconds in self._native.profile()]
+
+    def close(self) -> None:
+        """Stops the threads and gives the memory back when the last reference goes."""
+        del self._native, self._pool, self._store
+
+
+def _native_view(view: KVView) -> _native.KvView:
+    if not isinstance(view, NativeKVView):
+        raise UsageError("the KV view belongs to another executor")
+    return view.native
+
+
+class _Tensors(Mapping[str, Any]):
+    """A checkpoint's tensors by name, read on access."""
+
+    def __init__(self, read: Any, names: Any) -> None:
+        self._read = read
+        self._names = frozenset(names)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
