@@ -1,0 +1,237 @@
+"""The packed matrix: what a weight of N output rows and K input columns looks like to kernels and files.
+
+Layout "rows16", version 1. Sixteen output rows are interleaved, so that one vector register holds the same column of
+sixteen rows. With nb = ceil(N / 16) and Kp = the padded columns:
+
+- group integer, 8 bits: codes uint8 [nb, Kp/4, 16, 4]; byte j of lane r is row r, column 4*b + j of the block.
+- group integer, 4 bits: codes uint8 [nb, Kp/8, 16, 4]; the low nibble is column 8*b + j, the high one 8*b + 4 + j.
+- their scales, and mins if any: float16 or float32 [nb, G, 16], G groups of `group` columns, Kp = G * group.
+  value = scale * (code - offset) + min.
+- dense bf16 and f16: [nb, Kp/2, 16, 2] (column pairs), f32: [nb, Kp, 16]; Kp = K rounded up to 8.
+
+Padding rows have scale 0 and min 0; padding columns have code == offset (or value 0), so that both add nothing to a
+product with activations that are zero in the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.errors import ModelError
+
+LAYOUT = "rows16"
+LAYOUT_VERSION = 1
+ROWS = 16
+"""Output rows interleaved in one block."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype(np.uint8),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+    "F32": np.dtype(np.float32),
+}
+"""Array kinds by their safetensors name; bfloat16 is carried as its 16 bits in uint16."""
+
+DENSE = ("f32", "bf16", "f16")
+_LIMIT = 2**31 - 1
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSpec:
+    """Everything about a packed matrix but its bytes.
+
+    `format` is "group_int", "f32", "bf16" or "f16"; `shape` is (N, K), unpadded. The other fields concern group_int
+    only: `bits` per code (4 or 8), `group` columns per scale (a multiple of 8; a whole row is K rounded up to 8),
+    `offset` subtracted from a code, `scales` ("f16" or "f32", the dtype of scales and mins), `mins` whether there
+    are minimums.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    bits: int = 0
+    group: int = 0
+    offset: int = 0
+    scales: str = ""
+    mins: bool = False
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        if not (0 < n <= _LIMIT and 0 < k <= _LIMIT):
+            raise ModelError(f"a packed matrix of shape {n} x {k} is out of range")
+        if self.format in DENSE:
+            return
+        if self.format != "group_int":
+            raise ModelError(f"unknown tensor format {self.format!r}")
+        if self.bits not in (4, 8):
+            raise ModelError(f"group_int codes have 4 or 8 bits, not {self.bits}")
+        if not (8 <= self.group <= round_up(max(k, 8), 8) or 8 <= self.group <= 1024) or self.group % 8:
+            raise ModelError(f"group_int groups are multiples of 8 columns within the row, not {self.group}")
+        if not 0 <= self.offset < 1 << self.bits:
+            raise ModelError(f"the offset {self.offset} does not fit {self.bits}-bit codes")
+        if self.scales not in ("f16", "f32"):
+            raise ModelError(f"group_int scales are f16 or f32, not {self.scales!r}")
+
+    @property
+    def blocks(self) -> int:
+        """nb, the number of blocks of 16 rows."""
+        return -(-self.shape[0] // ROWS)
+
+    @property
+    def groups(self) -> int:
+        """G, the groups of one row (0 for dense formats)."""
+        return -(-self.shape[1] // self.group) if self.group else 0
+
+    @property
+    def columns(self) -> int:
+        """Kp, the padded columns."""
+        return self.groups * self.group if self.group else round_up(self.shape[1], 8)
+
+    def arrays(self, blocks: int | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype name as in DTYPES, shape) of the arrays that hold `blocks` (default all) row blocks."""
+        nb = self.blocks if blocks is None else blocks
+        if self.format == "f32":
+            return {"values": ("F32", (nb, self.columns, ROWS))}
+        if self.format != "group_int":
+            return {"values": (self.format.upper(), (nb, self.columns // 2, ROWS, 2))}
+        result: dict[str, tuple[str, tuple[int, ...]]] = {
+            "codes": ("U8", (nb, self.columns * self.bits // 32, ROWS, 4)),
+            "scales": (self.scales.upper(), (nb, self.groups, ROWS)),
+        }
+        if self.mins:
+            result["mins"] = (self.scales.upper(), (nb, self.groups, ROWS))
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, padding included."""
+        return sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in self.arrays().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits (codes, scales, mins and padding) per real weight."""
+        return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of this tensor in `quantization_config.tensors`."""
+        entry: dict[str, Any] = {"format": self.format, "layout": LAYOUT, "shape": list(self.shape)}
+        if self.format == "group_int":
+            entry |= {"bits": self.bits, "group": self.group, "offset": self.offset}
+            entry |= {"scales": self.scales, "mins": self.mins}
+        return entry
+
+    @classmethod
+    def from_json(cls, name: str, entry: object) -> PackedSpec:
+        """Reads one entry of `quantization_config.tensors`; ModelError if it is not a valid one."""
+        if not isinstance(entry, dict):
+            raise ModelError(f"the format of tensor {name} is not an object")
+        if entry.get("layout") != LAYOUT:
+            raise ModelError(f"tensor {name} has the unknown layout {entry.get('layout')!r}")
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or len(shape) != 2 or any(type(d) is not int for d in shape):
+            raise ModelError(f"tensor {name} has no valid shape in its format entry")
+        numbers = {key: entry.get(key, 0) for key in ("bits", "group", "offset")}
+        if any(type(value) is not int for value in numbers.values()) or type(entry.get("mins", False)) is not bool:
+            raise ModelError(f"the format entry of tensor {name} is damaged")
+        try:
+            form, scales = str(entry.get("format")), str(entry.get("scales", ""))
+            return cls(form, (shape[0], shape[1]), **numbers, scales=scales, mins=entry.get("mins", False))
+        except ModelError as error:
+            raise ModelError(f"tensor {name}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed matrix: its spec and its arrays, which may be read-only views of a mapped file."""
+
+    spec: PackedSpec
+    arrays: dict[str, NDArray[Any]]
+
+    def __post_init__(self) -> None:
+        for name, (dtype, shape) in self.spec.arrays().items():
+            array = self.arrays.get(name)
+            if array is None or array.shape != shape or array.dtype != DTYPES[dtype]:
+                raise ModelError(f"a packed {self.spec.format} matrix lacks its array {name} of {dtype} {shape}")
+
+    @property
+    def format(self) -> str:
+        """"group_int", "f32", "bf16" or "f16"."""
+        return self.spec.format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K): output rows and input columns, unpadded."""
+        return self.spec.shape
+
+    @property
+    def bits(self) -> int:
+        """Bits per code; 0 for dense formats."""
+        return self.spec.bits
+
+    @property
+    def group(self) -> int:
+        """Columns per scale; 0 for dense formats."""
+        return self.spec.group
+
+    @property
+    def offset(self) -> int:
+        """What is subtracted from a code."""
+        return self.spec.offset
+
+    @property
+    def columns(self) -> int:
+        """Kp, the padded columns."""
+        return self.spec.columns
+
+    @property
+    def groups(self) -> int:
+        """Groups per row; 0 for dense formats."""
+        return self.spec.groups
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 rows."""
+        return self.spec.blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.spec.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per real weight, everything counted."""
+        return self.spec.bits_per_weight
+
+    def rows(self, start: int, stop: int) -> Packed:
+        """The rows start..stop as a view; `start` must be a multiple of 16."""
+        n, k = self.shape
+        if start % ROWS or not 0 <= start < stop <= n:
+            raise ValueError(f"rows {start}..{stop} of {n} do not begin at a block of {ROWS}")
+        s = self.spec
+        spec = PackedSpec(s.format, (stop - start, k), s.bits, s.group, s.offset, s.scales, s.mins)
+        first, last = start // ROWS, -(-stop // ROWS)
+        return Packed(spec, {name: array[first:last] for name, array in self.arrays.items()})
+
+
+def decode(packed: Packed) -> NDArray[np.float64]:
+    """The matrix [N, K] in float64, exact for every format."""
+    from gristmill.formats import dense, group_int
+
+    return group_int.decode(packed) if packed.format == "group_int" else dense.decode(packed)
+
+
+def decode_f32(packed: Packed) -> NDArray[np.float32]:
+    """The matrix [N, K] in float32: `decode`, rounded once, without the float64 copy where possible."""
+    from gristmill.formats import dense, group_int
+
+    return group_int.decode_f32(packed) if packed.format == "group_int" else dense.decode_f32(packed)

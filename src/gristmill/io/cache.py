@@ -1,0 +1,164 @@
+"""The cache of converted models: `$GRISTMILL_CACHE`, or the platform's cache directory.
+
+    sources/<key>.json        what a set of source files was known to contain: key of (path, size, mtime, inode)
+    checkpoints/<name>/       finished checkpoint directories, named by content hash, converter version and mode
+    locks/<name>.lock         one writer per checkpoint, across processes
+    downloads/                files fetched by `pull`
+
+A checkpoint is built in a hidden directory beside its place and renamed when complete, so that a directory that
+exists is whole; what a killed process left behind is removed by the next one that builds the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gristmill.errors import GristmillError, ModelError
+
+
+def root() -> Path:
+    """The cache's directory; it need not exist yet."""
+    chosen = os.environ.get("GRISTMILL_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("gristmill", appauthor=False)
+
+
+def storage_error(error: OSError, doing: str) -> GristmillError:
+    """One line for a failed write: what was being done, where, why, and what helps."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = root()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        free = shutil.disk_usage(place).free >> 20
+        reason = f"no room left ({free} MB free in {root()}; free some, run `gristmill pull --prune`, or set GRISTMILL_CACHE)"
+    return GristmillError(f"{doing} failed: {reason}")
+
+
+def _stat_line(path: Path) -> str:
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
+    return f"{path}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ino}"
+
+
+def source_key(paths: Sequence[Path]) -> str:
+    """A key of the files' paths, sizes, modification times and inodes."""
+    return hashlib.sha256("\n".join(_stat_line(path) for path in paths).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def recall(key: str) -> str | None:
+    """The content hash remembered for a source key, or None."""
+    try:
+        value = json.loads((root() / "sources" / f"{key}.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    content = value.get("content") if isinstance(value, dict) else None
+    return content if isinstance(content, str) and len(content) == 32 and content.isalnum() else None
+
+
+def remember(key: str, content: str, paths: Sequence[Path]) -> None:
+    """Remembers that the files with this key have this content hash. GristmillError if it cannot be written."""
+    target = root() / "sources" / f"{key}.json"
+    text = json.dumps({"content": content, "files": [str(path) for path in paths]}, indent=1)
+    partial = target.with_name(f".{key}.{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(partial, target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise storage_error(error, f"writing the cache in {root()}") from None
+
+
+def content_hash(paths: Sequence[Path]) -> str:
+    """A hash of the files' names and bytes (32 hexadecimal digits). ModelError if one cannot be read."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
+        total.update(f"{path.name if len(paths) > 1 else ''}\0{digest}\n".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()[:32]
+
+
+def checkpoint_path(name: str) -> Path:
+    """Where the finished checkpoint `name` is, or would be."""
+    return root() / "checkpoints" / name
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        # Released by the system if the process dies.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def building(name: str) -> Iterator[Path | None]:
+    """Yields an empty directory to build the checkpoint `name` in, or None if it exists once the lock is held.
+
+    On leaving normally the directory takes its place in one rename; on an exception it is removed. OSErrors of the
+    block become a one-line GristmillError.
+    """
+    target = checkpoint_path(name)
+    partial = target.with_name(f".{name}.{os.getpid()}")
+    try:
+        with _locked(root() / "locks" / f"{name}.lock"):
+            if target.is_dir():
+                yield None
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for stale in target.parent.glob(f".{name}.*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir()
+            try:
+                yield partial
+                os.rename(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise storage_error(error, f"writing the converted model to {target.parent}") from None
+
+
+def entries() -> list[tuple[str, int]]:
+    """(name, bytes) of all finished checkpoints."""
+    base = root() / "checkpoints"
+    if not base.is_dir():
+        return []
+    result = []
+    for directory in sorted(base.iterdir()):
+        if directory.is_dir() and not directory.name.startswith("."):
+            result.append((directory.name, sum(file.stat().st_size for file in directory.iterdir() if file.is_file())))
+    return result
+
+
+def remove(name: str) -> None:
+    """Removes a finished checkpoint. Processes that have it mapped keep their pages."""
+    target = checkpoint_path(name)
+    hidden = target.with_name(f".{name}.removed-{uuid.uuid4().hex}")
+    try:
+        with _locked(root() / "locks" / f"{name}.lock"):
+            os.rename(target, hidden)
+            shutil.rmtree(hidden)
+    except OSError as error:
+        raise storage_error(error, f"removing {target}") from None
