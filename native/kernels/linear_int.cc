@@ -141,9 +141,10 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   }
   const int64_t code_bytes = w.kp * (w.storage == Storage::kInt4 ? 8 : 16);
   const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
-  // Rows in panels whose codes stay in the L2 cache while all blocks pass over them.
-  const int64_t fit = 393216 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
-  const int64_t panel = fit < 12 ? 12 : fit;
+  // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 48, or large
+  // weights would be read from memory too often.
+  const int64_t fit = 49152 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
+  const int64_t panel = fit < 48 ? 48 : fit;
   for (int64_t p = 0; p < rows; p += panel) {
     const int64_t p_end = rows - p < panel ? rows : p + panel;
     for (int64_t b = block_begin; b < block_end; ++b) {
