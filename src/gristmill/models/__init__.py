@@ -63,7 +63,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def build_program(config: Mapping[str, Any]) -> Program:
-    """The checked semantic program of a Hugging Face config.json. ModelError if the config is wrong or unknown."""
+    """The checked semantic program of a Hugging Face config.json. ModelError if that is wrong or unknown."""
     name = architecture(config)
     module = importlib.import_module(f"gristmill.models.{ARCHITECTURES[name]}")
     program: Program = module.build(module.read(Reader(config, name)))

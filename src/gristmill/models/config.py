@@ -1,7 +1,7 @@
 """Reads a Hugging Face config.json into validated sizes.
 
-A config is untrusted: every number is checked against a limit before anything is computed or allocated from it.
-Missing keys take the defaults that Transformers gives them; sizes have no default.
+A config is untrusted: every number is checked against a limit before anything is computed or allocated from
+it. Missing keys take the defaults that Transformers gives them; sizes have no default.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Reader:
         return ModelError(f"config of {self.architecture}: {key} {message}")
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """An integer in [low, high]; a missing or null field takes the default, or is an error without one."""
+        """An integer in [low, high]; missing or null takes the default, an error if there is none."""
         value = self.config.get(key)
         if value is None:
             if default is None:
@@ -168,12 +168,10 @@ class Reader:
             raise self.fail("head_dim", f"must be even, not {value}")
         return value
 
-    def rope(
-        self, head_dim: int, max_positions: int, theta: float = 10000.0, layer_type: str | None = None
-    ) -> dict[str, Any]:
-        """The rope attribute, from `rope_parameters` (per layer type if nested), or `rope_theta` + `rope_scaling`.
+    def rope(self, head_dim: int, max_positions: int, theta: float = 10000.0) -> dict[str, Any]:
+        """The rope attribute, from `rope_parameters` or the older `rope_theta` and `rope_scaling`.
 
-        theta: the default base of the architecture. layer_type: which part of nested parameters to read.
+        theta: the default base of the architecture.
         """
         key, source = "rope_scaling", self.config.get("rope_scaling")
         if source is None:
@@ -182,16 +180,16 @@ class Reader:
             raise self.fail(key, f"must be an object, not {_short(source)}")
         source = {} if source is None else source
         if FULL in source or SLIDING in source:
-            if layer_type is None:
-                raise self.fail(key, "differs by layer type, which this architecture does not support")
-            part = source.get(layer_type)
-            if not isinstance(part, Mapping):
-                raise self.fail(key, f"has no {layer_type}")
-            key, source = f"{key}.{layer_type}", part
-        return self.rope_of(source, key, head_dim, max_positions, theta=self.config.get("rope_theta", theta))
+            raise self.fail(key, "differs by layer type, which this architecture does not support")
+        return self.rope_of(source, key, head_dim, max_positions, theta=self.theta("rope_theta", theta))
+
+    def theta(self, key: str, default: float) -> object:
+        """A base outside the rope's own parameters, unchecked; null counts as missing."""
+        value = self.config.get(key)
+        return default if value is None else value
 
     def rope_of(
-        self, source: Mapping[str, Any], key: str, head_dim: int, max_positions: int, theta: object
+        self, source: Mapping[str, Any], key: str, head_dim: int, max_positions: int, *, theta: object
     ) -> dict[str, Any]:
         """The rope attribute from one object of parameters; a `rope_theta` in it wins over `theta`."""
         kind = source.get("rope_type", source.get("type", "default"))

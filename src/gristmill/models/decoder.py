@@ -1,4 +1,4 @@
-"""The layers that decoder-only transformers share: grouped-query attention and a gated feed-forward network."""
+"""The layers that decoder-only transformers share: grouped-query attention and a gated feed-forward net."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ def attention(
     head_norms: bool = False,
     norm_offset: float = 0.0,
 ) -> str:
-    """Projections, optional norms of query and key heads, attention, output projection; x is normed already."""
+    """Projections, optional norms of query and key heads, attention, output projection; x is normed."""
     module = f"model.layers.{layer}.self_attn"
     q = b.linear(x, f"{module}.q_proj", c.heads * c.head_dim, c.qkv_bias)
     k = b.linear(x, f"{module}.k_proj", c.kv_heads * c.head_dim, c.qkv_bias)
     v = b.linear(x, f"{module}.v_proj", c.kv_heads * c.head_dim, c.qkv_bias)
     if head_norms:
-        q = b.head_rmsnorm(q, f"{module}.q_norm.weight", c.norm_eps, c.heads, c.head_dim, norm_offset)
-        k = b.head_rmsnorm(k, f"{module}.k_norm.weight", c.norm_eps, c.kv_heads, c.head_dim, norm_offset)
+        q = b.head_rmsnorm(
+            q, f"{module}.q_norm.weight", c.norm_eps, c.heads, c.head_dim, weight_offset=norm_offset
+        )
+        k = b.head_rmsnorm(
+            k, f"{module}.k_norm.weight", c.norm_eps, c.kv_heads, c.head_dim, weight_offset=norm_offset
+        )
     y = b.attention(
         f"layers.{layer}.self_attn.attention",
         q,
@@ -40,7 +44,7 @@ def attention(
 
 
 def feed_forward(b: Builder, c: ModelConfig, layer: int, x: str) -> str:
-    """down(act(gate(x)) * up(x)); x is normed already."""
+    """down(act(gate(x)) * up(x)); x is normed."""
     module = f"model.layers.{layer}.mlp"
     gate = b.linear(x, f"{module}.gate_proj", c.intermediate_size, c.mlp_bias)
     up = b.linear(x, f"{module}.up_proj", c.intermediate_size, c.mlp_bias)

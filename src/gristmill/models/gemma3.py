@@ -1,9 +1,10 @@
-"""Gemma 3, text: local and global layers with ropes of their own, norms before and after each block, scaled embedding."""
+"""Gemma 3, text: local and global layers with ropes of their own, norms on both sides of each block."""
 
 from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,35 +40,25 @@ def read(r: Reader) -> ModelConfig:
 
 
 def _rope(r: Reader, c: ModelConfig, kind: str) -> dict[str, Any]:
-    """Per layer type in new configs; in old ones `rope_theta` and `rope_scaling` concern the global layers alone."""
-    nested = r.config.get("rope_parameters")
-    if isinstance(nested, dict) and (FULL in nested or SLIDING in nested) and nested.get(kind) is not None:
-        return r.rope_of(
-            _object(r, nested[kind], f"rope_parameters.{kind}"),
-            f"rope_parameters.{kind}",
-            c.head_dim,
-            c.max_positions,
-            theta=_theta(r, kind),
-        )
-    source: dict[str, Any] = {}
+    """New configs have an object per layer type; old ones two bases, and scale the global layers alone."""
+    theta = r.theta("rope_theta", 1_000_000.0) if kind == FULL else r.theta("rope_local_base_freq", 10_000.0)
     key = "rope_scaling"
-    if kind == FULL and r.config.get("rope_scaling") is not None:
-        source = _object(r, r.config["rope_scaling"], key)
-    elif nested is not None and not (isinstance(nested, dict) and (FULL in nested or SLIDING in nested)):
-        raise r.fail("rope_parameters", f"must hold {FULL} and {SLIDING}")
-    return r.rope_of(source, key, c.head_dim, c.max_positions, theta=_theta(r, kind))
+    source: Mapping[str, Any] = {}
+    parameters = _object(r, "rope_parameters")
+    if parameters:
+        if not {FULL, SLIDING} & set(parameters):
+            raise r.fail("rope_parameters", f"must hold {FULL} and {SLIDING}")
+        key, source = f"rope_parameters.{kind}", _object(r, kind, parameters)
+    if kind == FULL:
+        source = {**source, **_object(r, "rope_scaling")}
+    return r.rope_of(source, key, c.head_dim, c.max_positions, theta=theta)
 
 
-def _theta(r: Reader, kind: str) -> object:
-    key, default = ("rope_theta", 1_000_000.0) if kind == FULL else ("rope_local_base_freq", 10_000.0)
-    value = r.config.get(key)
-    return default if value is None else value
-
-
-def _object(r: Reader, value: object, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
+def _object(r: Reader, key: str, within: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    value = (r.config if within is None else within).get(key)
+    if value is not None and not isinstance(value, Mapping):
         raise r.fail(key, "must be an object")
-    return value
+    return {} if value is None else value
 
 
 def _embedding_scale(r: Reader, hidden: int) -> float:

@@ -48,8 +48,8 @@ class KVView(Protocol):
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on.
 
-        Raises UsageError if `length` is negative or beyond the view's, or where a sliding window no longer holds the
-        keys that the shorter sequence would see.
+        Raises UsageError if `length` is negative or beyond the view's, or where a sliding window no longer
+        holds the keys that the shorter sequence would see.
         """
 
     def close(self) -> None:
@@ -63,8 +63,8 @@ class KVView(Protocol):
 class Batch:
     """The tokens of one step, of S sequences, flattened without padding.
 
-    Token i of a sequence has the position `view.length + i`. A prompt chunk, a decode step and any mixture of both
-    are the same thing with different lengths.
+    Token i of a sequence has the position `view.length + i`. A prompt chunk, a decode step and any mixture of
+    both are the same thing with different lengths.
     """
 
     tokens: NDArray[np.int32]
@@ -105,7 +105,7 @@ class Batch:
             raise UsageError(f"the batch has {len(self.phases)} phases for {count} tokens")
         if len({id(view) for view in self.views}) != len(self.views):
             raise UsageError("a view appears twice in the batch")
-        if count and not (0 <= int(self.tokens.min()) and int(self.tokens.max()) < vocab_size):
+        if count and (int(self.tokens.min()) < 0 or int(self.tokens.max()) >= vocab_size):
             raise UsageError(f"a token id is outside the vocabulary of {vocab_size}")
         rows = self.logit_rows
         if len(rows) and (int(rows[0]) < 0 or int(rows[-1]) >= count or bool(np.any(np.diff(rows) <= 0))):

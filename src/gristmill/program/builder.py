@@ -25,8 +25,8 @@ from gristmill.program.ops import OPS
 class Builder:
     """Collects nodes. The methods named like ops add one node and return the name of the buffer it writes.
 
-    A node is called like its weight without the common prefix and suffix (`layers.0.self_attn.q_proj`), and its
-    buffer like the node.
+    A node is called like its weight without the common prefix and suffix (`layers.0.self_attn.q_proj`), and
+    its buffer like the node.
     """
 
     def __init__(self, name: str, dims: Iterable[Dim] = (TOKENS, LOGITS)) -> None:
@@ -50,6 +50,7 @@ class Builder:
         name: str,
         inputs: Sequence[str] = (),
         weights: Sequence[str] = (),
+        *,
         state: State | None = None,
         outputs: Sequence[str] | None = None,
         **attributes: Any,
@@ -105,7 +106,7 @@ class Builder:
         ]
 
     def head_rmsnorm(
-        self, x: str, weight: str, eps: float, heads: int, head_dim: int, weight_offset: float = 0.0
+        self, x: str, weight: str, eps: float, heads: int, head_dim: int, *, weight_offset: float = 0.0
     ) -> str:
         """The norm of every head of every row."""
         return self.add_node(

@@ -26,8 +26,9 @@ from gristmill.program.ops import COLUMNS, DTYPES, OPS, Op, Site, shape_text
 def check(program: Program, stage: str = "build") -> Program:
     """Returns the program if it is sound; raises ProgramError naming stage, node, op and buffers if not.
 
-    Checked: ops, attributes and arity; every buffer written exactly once and before it is read; shapes and dtypes
-    against the ops' rules; weights and dimensions declared; states appended once, by their owner, and all used.
+    Checked: ops, attributes and arity; every buffer written exactly once and before it is read; shapes and
+    dtypes against the ops' rules; weights and dimensions declared; states appended once, by their owner, and
+    all used.
     """
 
     def fail(message: str) -> None:
@@ -144,7 +145,7 @@ def _check_node(program: Program, node: Node, written: dict[str, Node], appended
 def infer(
     node: Node, inputs: tuple[Buffer, ...], weights: tuple[Weight, ...], state: State | None
 ) -> tuple[Shape, ...]:
-    """Shapes of the outputs of a node, from its op's rule. ProgramError where the node does not suit the op."""
+    """Shapes of the outputs of a node, from its op's rule. ProgramError if the node does not suit the op."""
     op = OPS[node.op]
     _check_attributes(op, node.attributes)
     if len(inputs) != len(op.inputs):
@@ -171,10 +172,8 @@ def _check_attributes(op: Op, attributes: Mapping[str, Any]) -> None:
     for name, kind in op.attributes.items():
         value = attributes[name]
         choices = kind if isinstance(kind, tuple) else (kind,)
-        if isinstance(choices[0], str):
-            good = value in choices
-        else:
-            good = type(value) in choices  # exact, so that True is no int and equal programs have equal text
+        # The exact type, so that True is no int and equal programs have equal text.
+        good = (value if isinstance(choices[0], str) else type(value)) in choices
         if not good or (isinstance(value, float) and not math.isfinite(value)):
             raise ProgramError(f"attribute {name} = {value!r} is not of {choices}")
     if op.weights is None and any(type(flag) is not bool for flag in attributes["biases"]):

@@ -1,7 +1,7 @@
 """The data of a step program: dimensions, buffers, weights, states, nodes.
 
-Everything here is plain, immutable data. `ops` says what the nodes mean, `builder` makes programs, `checker` verifies
-them, `passes` rewrites them.
+Everything here is plain, immutable data. `ops` says what the nodes mean, `builder` makes programs, `checker`
+verifies them, `passes` rewrites them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ProgramError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """A size known only at run time. With a `bound` it is a bounded count: a static cap and a run-time scalar."""
+    """A size known only at run time. With a `bound` it is a bounded count, with a static cap."""
 
     name: str
     bound: int | None = None
@@ -57,8 +57,8 @@ class Weight:
 class State:
     """What a node keeps of a sequence from step to step.
 
-    growth: `per_token` keeps an entry for every token, `window` only the last `window` tokens' (a bounded amount),
-    `constant` one entry per sequence. entry: the arrays of one entry by name, with their shapes.
+    growth: `per_token` keeps an entry for every token, `window` only the last `window` tokens' (a bounded
+    amount), `constant` one entry per sequence. entry: the arrays of one entry by name, with their shapes.
     """
 
     name: str
@@ -89,8 +89,9 @@ class State:
 class Node:
     """One operation: reads and writes buffers, reads weights, owns at most one state.
 
-    `inputs`, `outputs` and `weights` are in the order that the op declares; an absent optional weight (a bias) is
-    simply missing from the end. `attributes` holds plain data only: bool, int, float, str, None, lists, dicts.
+    `inputs`, `outputs` and `weights` are in the order that the op declares; an absent optional weight (a
+    bias) is simply missing from the end. `attributes` holds plain data only: bool, int, float, str, None,
+    lists, dicts.
     """
 
     name: str
@@ -167,7 +168,7 @@ class Program:
 
     @staticmethod
     def from_json(text: str) -> Program:
-        """The program that `to_json` wrote. ProgramError for anything else; run the checker for its meaning."""
+        """The program that `to_json` wrote, still to be checked. ProgramError for anything else."""
         try:
             data = json.loads(text)
             if data["version"] != VERSION:
@@ -202,7 +203,7 @@ class Program:
             raise ProgramError(f"not the text of a program: {error!r}") from None
 
     def digest(self) -> str:
-        """SHA-256 of `to_json`, in hex: what a program is, for caches and for proving that a refactor changed nothing."""
+        """SHA-256 of `to_json`, in hex: identifies a program, and proves that a refactor changed nothing."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 

@@ -1,8 +1,9 @@
 """Every op, declared once.
 
-A declaration is a function: its docstring states the equation, its body checks the shapes of one node and returns the
-shapes of the outputs, and the decorator names what the op reads and writes. The builder, the checker, the costs and
-the documentation come from here; the one reference implementation of each op lives in `backends.reference.ops`.
+A declaration is a function: its docstring states the equation, its body checks the shapes of one node and
+returns the shapes of the outputs, and the decorator names what the op reads and writes. The builder, the
+checker, the costs and the documentation come from here; the one reference implementation of each op lives in
+`backends.reference.ops`.
 
 Rows are tokens or wanted logit rows; x[i] is row i. Matrices of weights are [outputs, inputs].
 """
@@ -222,7 +223,7 @@ def shape_text(shape: Shape) -> str:
     return "[" + ", ".join(str(n) for n in shape) + "]"
 
 
-# Semantic level ----------------------------------------------------------------------------------------------------
+# Semantic level
 
 
 @op(
@@ -290,11 +291,11 @@ def linear(s: Site) -> tuple[Shape, ...]:
     operations=_attention,
 )
 def attention(s: Site) -> tuple[Shape, ...]:
-    """y[i, h] = sum_j softmax_j(scale * <R(p_i) q[i, h], R(p_j) k[j, g]>) v[j, g], with g = h * kv_heads // heads
+    """y[i, h] = sum_j softmax_j(scale * <R(p_i) q[i, h], R(p_j) k[j, g]>) v[j, g], g = h * kv_heads // heads
 
-    j runs over the tokens of i's sequence, those of earlier steps included, with p_i - window < p_j <= p_i (window 0:
-    no lower bound). R(p) rotates as `rope` does, nothing if the attribute is None. The rotated k and v of the step
-    are appended to the state first.
+    j runs over the tokens of i's sequence, those of earlier steps included, with p_i - window < p_j <= p_i
+    (window 0: no lower bound). R(p) rotates as `rope` does, nothing if the attribute is None. The rotated k
+    and v of the step are appended to the state first.
     """
     a = s.node.attributes
     heads, kv_heads, head_dim, window = a["heads"], a["kv_heads"], a["head_dim"], a["window"]
@@ -315,9 +316,7 @@ def attention(s: Site) -> tuple[Shape, ...]:
         or dict(s.state.entry) != entry
         or (s.state.growth, s.state.window) != (growth, window)
     ):
-        s.fail(
-            f"state {s.node.state!r} is not a {growth} state of k and v [{kv_heads}, {head_dim}] with window {window}"
-        )
+        s.fail(f"state {s.node.state!r} is not {growth} k and v [{kv_heads}, {head_dim}], window {window}")
     return (s.inputs[0].shape,)
 
 
@@ -350,7 +349,7 @@ def select_rows(s: Site) -> tuple[Shape, ...]:
     return (("logits", width),)
 
 
-# Lowered level -----------------------------------------------------------------------------------------------------
+# Lowered level
 
 
 @op(
@@ -409,9 +408,9 @@ def gated_linears(s: Site) -> tuple[Shape, ...]:
     operations=_per_element(3),
 )
 def rope(s: Site) -> tuple[Shape, ...]:
-    """Rotates pairs (x[c], x[c + dim/2]), c < dim/2, of every head by the angle position * f_c, times the factor
+    """Rotates the pairs (x[c], x[c + dim/2]), c < dim/2, of every head by position * f_c; times the factor
 
-    f and the factor are those of `rope.rope_inverse_frequencies`; columns of a head beyond `dim` stay as they are.
+    f and the factor are those of `rope.rope_inverse_frequencies`; columns beyond `dim` stay as they are.
     """
     a = s.node.attributes
     s.width(0, a["heads"] * a["head_dim"])

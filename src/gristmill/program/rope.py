@@ -19,7 +19,7 @@ ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
 
 
 def check_rope(rope: Mapping[str, Any] | None, head_dim: int) -> None:
-    """Raises ProgramError unless `rope` is None or the complete attribute of a rotation of heads of `head_dim`."""
+    """Raises ProgramError unless `rope` is None or completely describes a rotation of heads of `head_dim`."""
     if rope is None:
         return
     kind = rope.get("type")
@@ -40,12 +40,13 @@ def check_rope(rope: Mapping[str, Any] | None, head_dim: int) -> None:
 def rope_inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[NDArray[np.float64], float]:
     """Radians per position of each pair of columns: float64 [dim / 2], and the factor on cosine and sine.
 
-    `rope` holds `type`, `theta`, `dim` (columns rotated) and the type's parameters (ROPE_PARAMETERS). The values are
-    rounded to float32, because that is what the models were trained with; they agree with Transformers to one unit in
-    the last place.
+    `rope` holds `type`, `theta`, `dim` (columns rotated) and the type's parameters (ROPE_PARAMETERS). The
+    values are rounded to float32, because that is what the models were trained with; they agree with
+    Transformers to one unit in the last place.
 
     default: f_c = theta^(-2c / dim). linear: f / factor. llama3: f for wavelengths (2 pi / f) shorter than
-    original / high_freq_factor, f / factor for those longer than original / low_freq_factor, and a blend between.
+    original / high_freq_factor, f / factor for those longer than original / low_freq_factor, and a blend
+    between.
     """
     check_rope(rope, head_dim)
     dim = int(rope["dim"])
