@@ -160,7 +160,7 @@ class _Lowering:
             handler(i, node)
             self.done.add(i)
             self.release(i)
-        final = self.nodes[-1].outputs[0]
+        final = self.program.output
         self.native.set_logits(self.buffers[final].index)
         self.result.vocab_size = self.buffers[final].width
         return self.result
