@@ -1,0 +1,1 @@
+"""Turning prompts into text: sampling, scheduling, streaming."""

@@ -1,0 +1,1 @@
+"""Reading and writing models: files, tokenizers, chat templates, checkpoint directories, the cache."""
