@@ -1,0 +1,221 @@
+"""Linears of every storage, arithmetic and level against float64, and bit for bit against each other."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gristmill.backends.native import _native
+from gristmill.formats.packed import Packed, PackedSpec, decode
+
+LEVELS = _native.available_levels()
+SHAPES = [(1, 1), (16, 32), (17, 40), (192, 576), (33, 100), (64, 1536)]
+FORMATS = {
+    "f32": PackedSpec("f32", (1, 1)),
+    "bf16": PackedSpec("bf16", (1, 1)),
+    "f16": PackedSpec("f16", (1, 1)),
+    "q4": PackedSpec("group_int", (1, 1), 4, 32, 8, "f16", False),
+    "q4_min": PackedSpec("group_int", (1, 1), 4, 32, 0, "f16", True),
+    "q4_g64": PackedSpec("group_int", (1, 1), 4, 64, 8, "f16", False),
+    "q4_wide": PackedSpec("group_int", (1, 1), 4, 16, 0, "f32", True),
+    "q8": PackedSpec("group_int", (1, 1), 8, 64, 128, "f16", False),
+    "q8_g32": PackedSpec("group_int", (1, 1), 8, 32, 128, "f16", False),
+    "q8_min": PackedSpec("group_int", (1, 1), 8, 32, 0, "f16", True),
+    "q8_wide": PackedSpec("group_int", (1, 1), 8, 16, 32, "f32", False),
+    "q8_row": PackedSpec("group_int", (1, 1), 8, 0, 128, "f32", False),
+}
+STORAGE = {"f32": _native.Storage.F32, "bf16": _native.Storage.BF16, "f16": _native.Storage.F16}
+
+
+@dataclass
+class Case:
+    """A random packed weight with the arguments that the kernel bindings take."""
+
+    packed: Packed
+    args: tuple[object, ...]
+
+
+def make(name: str, n: int, k: int, seed: int = 0) -> Case:
+    rng = np.random.default_rng([seed, n, k, *name.encode()])
+    base = FORMATS[name]
+    group = base.group or (-(-k // 8) * 8 if name == "q8_row" else 0)
+    spec = PackedSpec(base.format, (n, k), base.bits, group, base.offset, base.scales, base.mins)
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for array, (_, shape) in spec.arrays().items():
+        if array == "codes":
+            arrays[array] = rng.integers(0, 256, shape).astype(np.uint8)
+        elif array == "values":
+            values = rng.standard_normal(shape).astype(np.float32)
+            # Padding rows and columns are zero, as the formats promise.
+            if base.format == "f32":
+                arrays[array] = values
+            elif base.format == "f16":
+                arrays[array] = values.astype(np.float16)
+            else:
+                arrays[array] = (values.view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            values = rng.standard_normal(shape) * 0.1
+            arrays[array] = values.astype(np.float16 if spec.scales == "f16" else np.float32)
+    packed = Packed(spec, arrays)
+    empty = np.zeros(0, np.uint8)
+
+    def flat(a: str) -> NDArray[np.uint8]:
+        return arrays[a].reshape(-1).view(np.uint8) if a in arrays else empty
+
+    if spec.format == "group_int":
+        storage = _native.Storage.INT4 if spec.bits == 4 else _native.Storage.INT8
+        values = flat("codes")
+    else:
+        storage, values = STORAGE[spec.format], flat("values")
+    args = (storage, n, k, spec.columns, spec.group, spec.groups, spec.offset, spec.scales == "f32")
+    return Case(packed, (*args, values, flat("scales"), flat("mins")))
+
+
+def run(
+    level: str,
+    arithmetic: str,
+    case: Case,
+    x: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    into: NDArray[np.float32] | None = None,
+    blocks: tuple[int, int] | None = None,
+) -> NDArray[np.float32]:
+    n = case.packed.shape[0]
+    # Poisoned: an element that no kernel wrote fails the comparison; the guard columns must stay as they are.
+    out = np.full((x.shape[0], n + 5), np.nan, np.float32)
+    if into is not None:
+        out[:, :n] = into
+    none = np.zeros(0, np.float32)
+    begin, end = blocks or (0, -(-n // 16))
+    _native.linear(
+        level,
+        arithmetic,
+        *case.args,
+        x,
+        none if bias is None else bias,
+        into is not None,
+        out,
+        begin,
+        end,
+    )
+    assert np.isnan(out[:, n:]).all(), "wrote past the end of a row"
+    return out[:, :n]
+
+
+def encoded(x: NDArray[np.float32], group: int) -> NDArray[np.float64]:
+    """x after int8 encoding with groups of `group` columns, in float64: the definition, written plainly."""
+    out = np.zeros(x.shape, np.float64)
+    for r, g in itertools.product(range(x.shape[0]), range(0, x.shape[1], group)):
+        part = x[r, g : g + group]
+        top = np.float32(np.abs(part).max())
+        if top > 1e-30:
+            q = np.rint(part * (np.float32(127) / top))
+            out[r, g : g + group] = q.astype(np.float64) * np.float64(top / np.float32(127))
+    return out
+
+
+def to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16
+    return rounded.view(np.float32)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_against_float64(level: str, name: str) -> None:
+    for (n, k), rows in itertools.product(SHAPES, (0, 1, 5)):
+        case = make(name, n, k)
+        x = np.random.default_rng(rows).standard_normal((rows, k)).astype(np.float32)
+        w = decode(case.packed)
+        kinds = {"f32": (x.astype(np.float64), w, 2.0**-23 * k)}
+        bf16_w = to_bf16(w.astype(np.float32)).astype(np.float64)
+        kinds["bf16"] = (to_bf16(x).astype(np.float64), bf16_w, 2.0**-23 * k)
+        if case.packed.format == "group_int":
+            kinds["int8"] = (encoded(x, case.packed.group), w, 2.0**-22 * (case.packed.groups + 4))
+        for arithmetic, (xs, ws, epsilon) in kinds.items():
+            expected = xs @ ws.T
+            bound = (np.abs(xs) @ np.abs(ws).T) * epsilon + 1e-30
+            # The f32 decode rounds scale * code + min once or twice before the product.
+            slack = (np.abs(xs) @ np.ones_like(ws).T) * np.abs(ws).max(initial=0) * 2.0**-22
+            if case.packed.spec.mins and arithmetic != "bf16":
+                bound = bound + slack * 8
+            if arithmetic == "bf16" and case.packed.format == "group_int":
+                bound = bound + (np.abs(xs) @ np.abs(ws).T) * 2.0**-8  # a decoded value may round the other way
+            got = run(level, arithmetic, case, x)
+            assert got.shape == expected.shape
+            np.testing.assert_array_less(np.abs(got - expected), bound + slack, err_msg=f"{arithmetic} {n}x{k}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("arithmetic", ["int8", "bf16", "f32"])
+def test_same_bits_on_every_level(name: str, arithmetic: str) -> None:
+    case = make(name, 100, 224)
+    if arithmetic == "int8" and case.packed.format != "group_int":
+        return
+    x = np.random.default_rng(1).standard_normal((7, 224)).astype(np.float32)
+    results = {level: run(level, arithmetic, case, x) for level in LEVELS}
+    for level, got in results.items():
+        np.testing.assert_array_equal(got, results["portable"], err_msg=level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_does_not_depend_on_its_company(level: str, name: str) -> None:
+    case = make(name, 50, 288)
+    x = np.random.default_rng(2).standard_normal((37, 288)).astype(np.float32)
+    for arithmetic in ("int8", "bf16", "f32"):
+        if arithmetic == "int8" and case.packed.format != "group_int":
+            continue
+        whole = run(level, arithmetic, case, x)
+        for begin, end in [(0, 1), (36, 37), (0, 2), (1, 4), (3, 9), (5, 17), (0, 16), (10, 22)]:
+            part = run(level, arithmetic, case, np.ascontiguousarray(x[begin:end]))
+            np.testing.assert_array_equal(part, whole[begin:end], err_msg=f"{arithmetic} rows {begin}:{end}")
+
+
+def test_bias_and_accumulation() -> None:
+    level = LEVELS[-1]
+    rng = np.random.default_rng(3)
+    for name, arithmetic in [("q4", "int8"), ("bf16", "bf16"), ("f32", "f32")]:
+        case = make(name, 35, 64)
+        x = rng.standard_normal((3, 64)).astype(np.float32)
+        bias = rng.standard_normal(35).astype(np.float32)
+        start = rng.standard_normal((3, 35)).astype(np.float32)
+        plain = run(level, arithmetic, case, x)
+        np.testing.assert_array_equal(run(level, arithmetic, case, x, bias), plain + bias)
+        np.testing.assert_array_equal(run(level, arithmetic, case, x, None, start), start + plain)
+
+
+def test_blocks_are_independent() -> None:
+    level = LEVELS[-1]
+    case = make("q4_min", 100, 64)
+    x = np.random.default_rng(4).standard_normal((2, 64)).astype(np.float32)
+    whole = run(level, "int8", case, x)
+    part = run(level, "int8", case, x, blocks=(2, 7))
+    np.testing.assert_array_equal(part[:, 32:100], whole[:, 32:100])
+    assert np.isnan(part[:, :32]).all()
+
+
+def test_extreme_activations() -> None:
+    case = make("q4", 16, 64)
+    x = np.zeros((3, 64), np.float32)
+    x[1, 0] = 1e-40  # a denormal group encodes to zero
+    x[2, :32] = 3e38
+    for level in LEVELS:
+        got = run(level, "int8", case, x)
+        assert np.array_equal(got[:2], np.zeros((2, 16)))
+        assert np.isfinite(got[2]).all() or np.isinf(got[2]).any()
+        assert not np.isnan(got[2]).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode_row(name: str) -> None:
+    case = make(name, 37, 72)
+    expected = decode(case.packed)
+    for level, row in itertools.product(LEVELS, (0, 15, 16, 36)):
+        out = np.full(72, np.nan, np.float32)
+        _native.decode_row(level, *case.args, row, out)
+        np.testing.assert_allclose(out, expected[row], rtol=3e-7, atol=3e-7)
