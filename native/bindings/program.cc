@@ -195,8 +195,7 @@ void bind_program(nb::module_& m) {
              n.name = name;
              n.layer = layer;
              n.in = {q, k, v};
-             // prepare rotates q in place
-             n.out = {out, q};
+             n.out = {out};
              n.rope = rope;
              n.attention.heads = heads;
              n.attention.kv_heads = kv_heads;

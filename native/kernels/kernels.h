@@ -22,12 +22,13 @@ void rmsnorm(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy,
 void add(float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t n);
 void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act);
 
-void attention_prepare(const AttentionArgs& a, int64_t item_begin, int64_t item_end);
+bool attention_long(const AttentionArgs& a);
+void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);
 int64_t attention_items(const AttentionArgs& a);
 void attention_costs(const AttentionArgs& a, float* costs);
 int64_t attention_partial_floats(const AttentionArgs& a);
 void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
-void attention_merge(const AttentionArgs& a, int64_t item_begin, int64_t item_end);
+void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end);
 int64_t attention_scratch_bytes(const AttentionArgs& a);
 
 }  // namespace gm::GM_LEVEL

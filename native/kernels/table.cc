@@ -21,6 +21,7 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
       .rmsnorm = rmsnorm,
       .add = add,
       .gated = gated,
+      .attention_long = attention_long,
       .attention_prepare = attention_prepare,
       .attention_items = attention_items,
       .attention_costs = attention_costs,

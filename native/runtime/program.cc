@@ -170,8 +170,12 @@ void Program::reserve(int64_t tokens, int64_t logits) {
 }
 
 // Decides for this step's shape which buffers are private and where the threads must meet.
-void Program::plan(int64_t tokens, int64_t logits) {
-  if (tokens == tokens_ && logits == logit_rows_ && barrier_before_.size() == nodes_.size()) return;
+void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
+  if (tokens == tokens_ && logits == logit_rows_ && long_sequences == long_sequences_ &&
+      barrier_before_.size() == nodes_.size()) {
+    return;
+  }
+  long_sequences_ = long_sequences;
   tokens_ = tokens;
   logit_rows_ = logits;
   for (Buffer& b : buffers_) {
@@ -180,6 +184,10 @@ void Program::plan(int64_t tokens, int64_t logits) {
     const int64_t rows = rows_of(b);
     b.scale_at = align64(rows * b.spec.padded);
     b.sum_at = b.scale_at + align64(rows * groups * 4);
+  }
+  // A long sequence's results are written by the thread that has the item; only merged ones can be private.
+  for (const Node& node : nodes_) {
+    if (node.op == Op::kAttention && long_sequences) buffers_[static_cast<size_t>(node.out[0])].replicated = false;
   }
   barrier_before_.assign(nodes_.size(), 0);
   std::set<int64_t> read, written;
@@ -219,7 +227,6 @@ bool Program::run(const StepInput& input) {
   check(input);
   if (input.token_count == 0) return true;
   reserve(input.token_count, input.logit_count);
-  plan(input.token_count, input.logit_count);
   input_ = &input;
   buffers_[static_cast<size_t>(logits_)].data = reinterpret_cast<char*>(input.logits);
 
@@ -237,6 +244,7 @@ bool Program::run(const StepInput& input) {
     }
   }
   int64_t partials = 0, scratch = scratch_bytes_;
+  bool long_sequences = false;
   for (const Node& node : nodes_) {
     if (node.op != Op::kAttention) continue;
     AttentionArgs a = node.attention;
@@ -244,7 +252,9 @@ bool Program::run(const StepInput& input) {
     a.sequence_count = static_cast<int64_t>(count);
     partials = std::max(partials, kernels_->attention_partial_floats(a));
     scratch = std::max(scratch, kernels_->attention_scratch_bytes(a));
+    long_sequences |= kernels_->attention_long(a);
   }
+  plan(input.token_count, input.logit_count, long_sequences);
   scratch = align64(scratch);
   const auto scratch_total = static_cast<size_t>(scratch * pool_->threads());
   if (scratch_total > scratch_.bytes()) {
@@ -439,9 +449,12 @@ void Program::run_attention(const Node& node, int thread) {
   a.sequence_count = static_cast<int64_t>(count);
   a.partials = reinterpret_cast<float*>(partials_.data());
 
+  char* scratch = scratch_.data() + thread * scratch_bytes_;
   const Range rows = split(tokens_, thread, threads);
-  kernels_->attention_prepare(a, rows.begin, rows.end);
-  pool_->barrier();
+  if (kernels_->attention_long(a)) {
+    kernels_->attention_prepare(a, rows.begin, rows.end, scratch);
+    pool_->barrier();
+  }
 
   const int64_t items = kernels_->attention_items(a);
   std::vector<float>& costs = costs_[static_cast<size_t>(thread)];
@@ -462,9 +475,10 @@ void Program::run_attention(const Node& node, int thread) {
       break;
     }
   }
-  if (begin < end) kernels_->attention_spans(a, begin, end, scratch_.data() + thread * scratch_bytes_);
+  if (begin < end) kernels_->attention_spans(a, begin, end, scratch);
   pool_->barrier();
-  kernels_->attention_merge(a, rows.begin, rows.end);
+  const bool alone = buffers_[static_cast<size_t>(node.out[0])].replicated;
+  kernels_->attention_merge(a, alone ? 0 : rows.begin, alone ? tokens_ : rows.end);
 }
 
 void Program::set_profiling(bool on) {

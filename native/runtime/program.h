@@ -118,7 +118,7 @@ class Program {
 
   void check(const StepInput& input) const;
   void reserve(int64_t tokens, int64_t logits);
-  void plan(int64_t tokens, int64_t logits);
+  void plan(int64_t tokens, int64_t logits, bool long_sequences);
   int64_t rows_of(const Buffer& b) const { return b.spec.rows == Rows::kTokens ? tokens_ : logit_rows_; }
   char* at(const Buffer& b, int thread) const { return b.data + (b.replicated ? thread * b.copy_bytes : 0); }
   float* f32(int64_t buffer, int thread) const {
@@ -147,6 +147,7 @@ class Program {
   // State of the step being run.
   const StepInput* input_ = nullptr;
   int64_t tokens_ = 0, logit_rows_ = 0;
+  bool long_sequences_ = false;
   int64_t reserved_tokens_ = 0, reserved_logits_ = 0;
   std::vector<char> barrier_before_;
   std::vector<AttentionSequence> sequences_;  // [layer][sequence]

@@ -64,7 +64,7 @@ struct AttentionSequence {
 };
 
 struct AttentionArgs {
-  float* q = nullptr;            // [tokens][ldq], unrotated on entry to prepare, rotated in place by it
+  const float* q = nullptr;      // [tokens][ldq], unrotated
   int64_t ldq = 0;
   const float* k = nullptr;      // [tokens][ldk], unrotated
   int64_t ldk = 0;
@@ -115,17 +115,19 @@ struct KernelTable {
   void (*gated)(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act);
 
   // Attention runs in three phases with a barrier after each; within a phase any split of the items is right.
-  // prepare, item = row of the step: rotates q in place, rotates k, and writes k and v into the cache.
-  void (*attention_prepare)(const AttentionArgs& a, int64_t item_begin, int64_t item_end);
-  // spans: items as counted by attention_items; a row whose keys fit one span is finished here.
+  // Whether some sequence has so many new tokens that its keys must be written by prepare; else prepare is not needed.
+  bool (*attention_long)(const AttentionArgs& a);
+  // prepare: writes the keys and values of the long sequences' rows in [row_begin, row_end) into the cache.
+  void (*attention_prepare)(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);
+  // spans: items as counted by attention_items. Writes the results of long sequences, partial results of the others.
   int64_t (*attention_items)(const AttentionArgs& a);
   // Relative cost of the items, to split them evenly: costs[items].
   void (*attention_costs)(const AttentionArgs& a, float* costs);
   int64_t (*attention_partial_floats)(const AttentionArgs& a);
   void (*attention_spans)(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
-  // merge, item = row of the step: combines the spans of rows that have several, ascending.
-  void (*attention_merge)(const AttentionArgs& a, int64_t item_begin, int64_t item_end);
-  int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for spans
+  // merge: the results of the short sequences' rows in [row_begin, row_end), from their partial results.
+  void (*attention_merge)(const AttentionArgs& a, int64_t row_begin, int64_t row_end);
+  int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for prepare and spans
 
   // Sum of all bytes read as 64-byte words: the bandwidth probe of the roofline.
   uint64_t (*read_all)(const void* data, int64_t bytes);

@@ -274,7 +274,7 @@ class _Lowering:
                 self.ropes[key] = int(self.native.add_rope())
                 self.result.ropes.append((self.ropes[key], {"rope": a["rope"], "head_dim": a["head_dim"]}))
             rope = self.ropes[key]
-        out = self.define(node.outputs[0], int(a["heads"]) * int(a["head_dim"]), False)
+        out = self.define(node.outputs[0], int(a["heads"]) * int(a["head_dim"]), False, private=True)
         self.native.add_attention(
             node.name,
             self.kv_layers[str(node.state)],

@@ -1,0 +1,550 @@
+// Attention over the tiled KV cache, one arithmetic for prefill and decode.
+//
+// A query row (one token, one head) meets its keys in tiles of 64 aligned to the sequence's own index, tiles in spans
+// of 256. Within a span: s = scale * (q . k); m = running maximum; p = exp(s - m); l = running sum of p;
+// o = running sum of p v, o and l being rescaled when m grows. Spans are then merged ascending:
+// m' = max(m, m_s), o = o exp(m - m') + o_s exp(m_s - m'), l likewise; out = o / l. A masked key has p = 0 exactly, and
+// a tile or span without visible keys changes no bit, so rows may be grouped in any way.
+//
+// Sequences of few new tokens ("short": one block of rows) are cut into one item per KV head and span, whose partial
+// results are merged afterwards; each item rotates its queries and writes the new keys and values of its own span, so
+// that no thread waits for another. Longer ones are cut by blocks of rows, which run all their spans in order; their
+// keys and values are written beforehand.
+#include "kernels.h"
+#include "vec/vec.h"
+
+namespace gm::GM_LEVEL {
+namespace {
+
+constexpr int64_t kTile = 64, kSpan = 256, kBlock = 16;
+constexpr float kMasked = -__builtin_inff();
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t group_of(const AttentionArgs& a) { return a.heads / a.kv_heads; }
+// Tokens per block of rows: about 48 rows of queries share each key tile.
+int64_t block_tokens(const AttentionArgs& a) { return most(1, 48 / group_of(a)); }
+bool is_short(const AttentionArgs& a, const AttentionSequence& s) { return s.rows <= block_tokens(a); }
+int64_t first_key(const AttentionArgs& a, int64_t position) {
+  return a.window == 0 ? 0 : most(0, position - a.window + 1);
+}
+int64_t first_span(const AttentionArgs& a, const AttentionSequence& s) { return first_key(a, s.start) / kSpan; }
+int64_t span_count(const AttentionArgs& a, const AttentionSequence& s) {
+  return (s.start + s.rows - 1) / kSpan - first_span(a, s) + 1;
+}
+// A partial: head_dim values, then m and l.
+int64_t partial_stride(const AttentionArgs& a) { return a.head_dim + 16; }
+int64_t partial_rows(const AttentionArgs& a, const AttentionSequence& s) {
+  return s.rows == 0 || !is_short(a, s) ? 0 : span_count(a, s) * a.heads * s.rows;
+}
+int64_t items_of(const AttentionArgs& a, const AttentionSequence& s) {
+  if (s.rows == 0) return 0;
+  if (is_short(a, s)) return a.kv_heads * span_count(a, s);
+  return a.kv_heads * ((s.rows + block_tokens(a) - 1) / block_tokens(a));
+}
+
+struct Item {
+  const AttentionSequence* sequence;
+  int64_t kv_head;
+  int64_t token, tokens;          // new tokens of the sequence
+  int64_t span_begin, span_end;
+  int64_t partial;                // first row of its partials, -1: writes its result
+};
+
+template <class Fn>
+void each_item(const AttentionArgs& a, int64_t begin, int64_t end, Fn fn) {
+  int64_t before = 0, partial = 0;
+  for (int64_t i = 0; i < a.sequence_count && before < end; ++i) {
+    const AttentionSequence& s = a.sequences[i];
+    const int64_t items = items_of(a, s);
+    for (int64_t n = most(begin - before, 0); n < least(end - before, items); ++n) {
+      Item item;
+      item.sequence = &s;
+      if (is_short(a, s)) {
+        const int64_t spans = span_count(a, s);
+        item.kv_head = n / spans;
+        item.token = 0;
+        item.tokens = s.rows;
+        item.span_begin = first_span(a, s) + n % spans;
+        item.span_end = item.span_begin + 1;
+        // [span][kv head][row of the group]
+        item.partial = partial + ((n % spans) * a.kv_heads + item.kv_head) * s.rows * group_of(a);
+      } else {
+        item.kv_head = n % a.kv_heads;
+        item.token = n / a.kv_heads * block_tokens(a);
+        item.tokens = least(block_tokens(a), s.rows - item.token);
+        const int64_t p = s.start + item.token;
+        item.span_begin = first_key(a, p) / kSpan;
+        item.span_end = (p + item.tokens - 1) / kSpan + 1;
+        item.partial = -1;
+      }
+      fn(item);
+    }
+    before += items;
+    partial += partial_rows(a, s);
+  }
+}
+
+int64_t ring_block(const KvSegment& kv, int64_t position) {
+  const int64_t block = position / kBlock;
+  return kv.ring == 0 ? block : block % kv.ring;
+}
+
+// The rotation of one head's vector: pairs (i, i + half), half-split as in the published models.
+void rotate(const AttentionArgs& a, const float* x, int64_t position, float* y) {
+  const int64_t half = a.rope_dim / 2;
+  const float* cos = a.cos + position * half;
+  const float* sin = a.sin + position * half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = x[i], high = x[i + half];
+    y[i] = low * cos[i] - high * sin[i];
+    y[i + half] = high * cos[i] + low * sin[i];
+  }
+  for (int64_t i = 2 * half; i < a.head_dim; ++i) y[i] = x[i];
+}
+
+// Writes the key and the value of one new token and head. `last`: nothing follows it in this step.
+void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, bool last, float* rotated) {
+  const int64_t position = s.start + token, hd = a.head_dim, slot = position % kBlock;
+  const int64_t at = ring_block(s.kv, position) * s.kv.block_bytes + head * s.kv.tile_bytes;
+  rotate(a, a.k + (s.row + token) * a.ldk + head * hd, position, rotated);
+  const float* v = a.v + (s.row + token) * a.ldv + head * hd;
+  if (a.kv_bf16) {
+    auto* k_tile = reinterpret_cast<uint16_t*>(s.kv.k + at) + slot * 2;
+    auto* v_tile = reinterpret_cast<uint16_t*>(s.kv.v + at) + slot / 2 * hd * 2 + slot % 2;
+    // The other half of a pair with no partner yet is cleared: it meets p = 0, which must not be 0 * NaN.
+    const bool clear = last && slot % 2 == 0;
+    for (int64_t d = 0; d < hd; d += 2) {
+      k_tile[d * 16] = float_to_bf16(rotated[d]);
+      k_tile[d * 16 + 1] = float_to_bf16(rotated[d + 1]);
+    }
+    for (int64_t d = 0; d < hd; ++d) {
+      v_tile[d * 2] = float_to_bf16(v[d]);
+      if (clear) v_tile[d * 2 + 1] = 0;
+    }
+  } else {
+    auto* k_tile = reinterpret_cast<float*>(s.kv.k + at) + slot;
+    auto* v_tile = reinterpret_cast<float*>(s.kv.v + at) + slot * hd;
+    for (int64_t d = 0; d < hd; ++d) k_tile[d * 16] = rotated[d];
+    memcpy(v_tile, v, static_cast<size_t>(hd) * 4);
+  }
+}
+
+// The three arithmetics: bf16 pairs as in linear_bf16; bf16 keys widened to f32; f32.
+enum class Math { kBf16, kWide, kF32 };
+
+template <Math kMath>
+struct Types {
+  using Query = float;
+  using Stored = uint16_t;
+};
+template <>
+struct Types<Math::kBf16> {
+  using Query = uint16_t;
+  using Stored = uint16_t;
+};
+template <>
+struct Types<Math::kF32> {
+  using Query = float;
+  using Stored = float;
+};
+
+// One step of a chain: two columns of bf16, or one or two of f32, ascending.
+template <Math kMath, int kRows, int kWide>
+inline void step(vf (&y)[kRows][kWide], const typename Types<kMath>::Stored* w, int64_t next, int64_t next_column,
+                 const typename Types<kMath>::Query* x, int64_t ldx) {
+GM_UNROLL(4)
+  for (int b = 0; b < kWide; ++b) {
+    if constexpr (kMath == Math::kBf16) {
+      const vh pair = vh_load(w + b * next);
+GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) y[r][b] = vf_dot_bf16(y[r][b], pair, x + r * ldx);
+    } else if constexpr (kMath == Math::kWide) {
+      const vh pair = vh_load(w + b * next);
+      const vf even = vh_even(pair), odd = vh_odd(pair);
+GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) {
+        y[r][b] = vf_fma(odd, vf_set1(x[r * ldx + 1]), vf_fma(even, vf_set1(x[r * ldx]), y[r][b]));
+      }
+    } else {
+      const vf first = vf_load(w + b * next), second = vf_load(w + b * next + next_column);
+GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) {
+        y[r][b] = vf_fma(second, vf_set1(x[r * ldx + 1]), vf_fma(first, vf_set1(x[r * ldx]), y[r][b]));
+      }
+    }
+  }
+}
+
+// One tile of keys, and the rows that meet it.
+template <Math kMath>
+struct Work {
+  using Query = typename Types<kMath>::Query;
+  using Stored = typename Types<kMath>::Stored;
+  const Stored* k[4];  // blocks of the tile
+  const Stored* v[4];
+  int64_t keys;        // keys to look at, from the tile's first on
+  int64_t hd;
+  const Query* q;      // [rows][hd]
+  Query* p;            // [rows][64]
+  float* s;            // [rows][64]
+  float* o;            // [rows][hd]
+  float* factor;       // [rows], of o
+  float scale;
+};
+
+// s = scale * q k for kWide blocks of keys from block b on.
+template <Math kMath, int kRows, int kWide>
+void scores(const Work<kMath>& w, int64_t row, int64_t b) {
+  vf y[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kWide; ++i) y[r][i] = vf_zero();
+  }
+  const typename Work<kMath>::Stored* k[kWide];
+  for (int i = 0; i < kWide; ++i) k[i] = w.k[b + i];
+  const auto* q = w.q + row * w.hd;
+  for (int64_t d = 0; d < w.hd; d += 2) {
+GM_UNROLL(4)
+    for (int i = 0; i < kWide; ++i) {
+      vf column[kRows][1];
+GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) column[r][0] = y[r][i];
+      step<kMath, kRows, 1>(column, k[i] + d * 16, 0, 16, q + d, w.hd);
+GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) y[r][i] = column[r][0];
+    }
+  }
+  const vf scale = vf_set1(w.scale);
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kWide; ++i) vf_store(w.s + (row + r) * kTile + (b + i) * 16, y[r][i] * scale);
+  }
+}
+
+// o = o * factor + p v for kWide blocks of 16 dimensions from dimension d on.
+template <Math kMath, int kRows, int kWide>
+void values(const Work<kMath>& w, int64_t row, int64_t d) {
+  vf y[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    const vf factor = vf_set1(w.factor[row + r]);
+    for (int i = 0; i < kWide; ++i) y[r][i] = vf_load(w.o + (row + r) * w.hd + d + 16 * i) * factor;
+  }
+  // bf16: a pair of tokens is [hd][2]; f32: two rows of [hd].
+  constexpr int64_t kPair = kMath == Math::kF32 ? 1 : 2;
+  for (int64_t first = 0; first < w.keys; first += kBlock) {
+    const auto* v = w.v[first / kBlock] + d * kPair;
+    const auto* p = w.p + row * kTile + first;
+    const int64_t n = least(kBlock, w.keys - first);
+    for (int64_t j = 0; j < n; j += 2) {
+      step<kMath, kRows, kWide>(y, v + j * w.hd, 16 * kPair, w.hd, p + j, kTile);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kWide; ++i) vf_store(w.o + (row + r) * w.hd + d + 16 * i, y[r][i]);
+  }
+}
+
+template <Math kMath, int kRows>
+void score_rows(const Work<kMath>& w, int64_t row) {
+  const int64_t blocks = (w.keys + kBlock - 1) / kBlock;
+  int64_t b = 0;
+  if constexpr (kRows <= 4) {
+    for (; b + 4 <= blocks; b += 4) scores<kMath, kRows, 4>(w, row, b);
+  } else {
+    for (; b + 2 <= blocks; b += 2) scores<kMath, kRows, 2>(w, row, b);
+  }
+  for (; b < blocks; ++b) scores<kMath, kRows, 1>(w, row, b);
+}
+
+template <Math kMath, int kRows>
+void value_rows(const Work<kMath>& w, int64_t row) {
+  int64_t d = 0;
+  if constexpr (kRows <= 4) {
+    for (; d + 64 <= w.hd; d += 64) values<kMath, kRows, 4>(w, row, d);
+  } else {
+    for (; d + 32 <= w.hd; d += 32) values<kMath, kRows, 2>(w, row, d);
+  }
+  for (; d < w.hd; d += 16) values<kMath, kRows, 1>(w, row, d);
+}
+
+template <Math kMath, template <Math, int> class Fn>
+void in_tiles(const Work<kMath>& w, int64_t rows) {
+  int64_t r = 0;
+  if constexpr (kTileRows >= 12) {
+    for (; r + 12 <= rows; r += 12) Fn<kMath, 12>::run(w, r);
+    for (; r + 6 <= rows; r += 6) Fn<kMath, 6>::run(w, r);
+  }
+  if constexpr (kTileRows >= 4) {
+    for (; r + 4 <= rows; r += 4) Fn<kMath, 4>::run(w, r);
+    for (; r + 3 <= rows; r += 3) Fn<kMath, 3>::run(w, r);
+    for (; r + 2 <= rows; r += 2) Fn<kMath, 2>::run(w, r);
+  }
+  for (; r < rows; ++r) Fn<kMath, 1>::run(w, r);
+}
+template <Math kMath, int kRows>
+struct ScoreTile {
+  static void run(const Work<kMath>& w, int64_t row) { score_rows<kMath, kRows>(w, row); }
+};
+template <Math kMath, int kRows>
+struct ValueTile {
+  static void run(const Work<kMath>& w, int64_t row) { value_rows<kMath, kRows>(w, row); }
+};
+
+inline void store_p(uint16_t* p, vf x) { vf_store_bf16(p, x); }
+inline void store_p(float* p, vf x) { vf_store(p, x); }
+
+int64_t row_limit(const AttentionArgs& a) { return block_tokens(a) * group_of(a); }
+
+// Scratch of one item, rows padded to whole vectors.
+struct Scratch {
+  void* q;
+  float *rotated, *s, *o, *m, *l, *factor;
+  float *total, *total_m, *total_l;
+  void* p;
+  Scratch(const AttentionArgs& a, void* memory) {
+    const int64_t rows = (row_limit(a) + 15) / 16 * 16, hd = a.head_dim;
+    float* at = static_cast<float*>(memory);
+    auto take = [&at](int64_t n) {
+      float* r = at;
+      at += (n + 15) / 16 * 16;
+      return r;
+    };
+    q = take(rows * hd);
+    rotated = take(hd);
+    s = take(rows * kTile);
+    p = take(rows * kTile);
+    o = take(rows * hd);
+    m = take(rows);
+    l = take(rows);
+    factor = take(rows);
+    total = take(rows * hd);
+    total_m = take(rows);
+    total_l = take(rows);
+  }
+  static int64_t bytes(const AttentionArgs& a) {
+    const int64_t rows = (row_limit(a) + 15) / 16 * 16;
+    return 4 * (rows * (3 * a.head_dim + 2 * kTile + 5) + a.head_dim + 12 * 16) + 64;
+  }
+};
+
+// exp(from - to) for all rows, and 0 where nothing has been seen yet (to = -inf).
+void factors(const float* from, const float* to, int64_t rows, float* out) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    const vf top = vf_load(to + r);
+    // -inf - -inf is NaN, which the maximum below turns into its second operand.
+    vf_store(out + r, vf_exp(vf_max(vf_load(from + r) - top, vf_set1(-1e30f))));
+  }
+}
+
+template <Math kMath>
+void run_item(const AttentionArgs& a, const Item& item, void* memory) {
+  using Query = typename Types<kMath>::Query;
+  using Stored = typename Types<kMath>::Stored;
+  const AttentionSequence& s = *item.sequence;
+  const Scratch x(a, memory);
+  const int64_t hd = a.head_dim, group = group_of(a), rows = item.tokens * group;
+  const int64_t padded = (rows + 15) / 16 * 16;
+  auto* q = static_cast<Query*>(x.q);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t token = item.token + r / group;
+    const float* from = a.q + (s.row + token) * a.ldq + (item.kv_head * group + r % group) * hd;
+    if constexpr (kMath == Math::kBf16) {
+      rotate(a, from, s.start + token, x.rotated);
+      for (int64_t d = 0; d < hd; d += 16) vf_store_bf16(q + r * hd + d, vf_load(x.rotated + d));
+    } else {
+      rotate(a, from, s.start + token, q + r * hd);
+    }
+  }
+  if (item.partial >= 0) {
+    for (int64_t t = 0; t < s.rows; ++t) {
+      if ((s.start + t) / kSpan == item.span_begin) append(a, s, t, item.kv_head, t + 1 == s.rows, x.rotated);
+    }
+  }
+
+  Work<kMath> w;
+  w.hd = hd;
+  w.q = q;
+  w.p = static_cast<Query*>(x.p);
+  w.s = x.s;
+  w.o = x.o;
+  w.factor = x.factor;
+  w.scale = a.scale;
+  const int64_t first = first_key(a, s.start + item.token);
+  const int64_t end = s.start + item.token + item.tokens;  // no key from here on is visible to any row
+  for (int64_t r = 0; r < padded; ++r) x.total_m[r] = kMasked;
+  memset(x.total_l, 0, static_cast<size_t>(padded) * 4);
+  memset(x.total, 0, static_cast<size_t>(rows * hd) * 4);
+  for (int64_t span = item.span_begin; span < item.span_end; ++span) {
+    for (int64_t r = 0; r < padded; ++r) x.m[r] = kMasked;
+    memset(x.l, 0, static_cast<size_t>(padded) * 4);
+    memset(x.o, 0, static_cast<size_t>(rows * hd) * 4);
+    const int64_t from = most(span * kSpan, first / kTile * kTile), to = least((span + 1) * kSpan, end);
+    for (int64_t tile = from; tile < to; tile += kTile) {
+      w.keys = least(kTile, to - tile);
+      for (int64_t b = 0; b * kBlock < w.keys; ++b) {
+        const int64_t at = ring_block(s.kv, tile + b * kBlock) * s.kv.block_bytes + item.kv_head * s.kv.tile_bytes;
+        w.k[b] = reinterpret_cast<const Stored*>(s.kv.k + at);
+        w.v[b] = reinterpret_cast<const Stored*>(s.kv.v + at);
+        if (item.partial >= 0) {
+          for (int64_t i = 0; i < s.kv.tile_bytes; i += 64) prefetch(s.kv.v + at + i);
+        }
+      }
+      in_tiles<kMath, ScoreTile>(w, rows);
+      // Maxima first, so that the factors of sixteen rows are one exponential.
+      memcpy(x.factor, x.m, static_cast<size_t>(padded) * 4);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t position = s.start + item.token + r / group;
+        const int64_t low = most(0, first_key(a, position) - tile), high = position + 1 - tile;
+        float* sr = x.s + r * kTile;
+        for (int64_t i = 0; i < least(low, kTile); ++i) sr[i] = kMasked;
+        for (int64_t i = most(high, 0); i < kTile; ++i) sr[i] = kMasked;
+        const vf top = vf_max(vf_max(vf_load(sr), vf_load(sr + 16)), vf_max(vf_load(sr + 32), vf_load(sr + 48)));
+        const float m = vf_max_lane(top);
+        x.m[r] = m > x.m[r] ? m : x.m[r];
+      }
+      factors(x.factor, x.m, rows, x.factor);
+      for (int64_t r = 0; r < rows; ++r) {
+        const vf m = vf_set1(x.m[r] > kMasked ? x.m[r] : 0.0f);
+        vf e[4];
+        for (int i = 0; i < 4; ++i) {
+          e[i] = vf_exp(vf_load(x.s + r * kTile + 16 * i) - m);
+          store_p(w.p + r * kTile + 16 * i, e[i]);
+        }
+        x.l[r] = x.l[r] * x.factor[r] + vf_sum((e[0] + e[1]) + (e[2] + e[3]));
+      }
+      in_tiles<kMath, ValueTile>(w, rows);
+    }
+    if (item.partial >= 0) {
+      for (int64_t r = 0; r < rows; ++r) {
+        float* out = a.partials + (item.partial + r) * partial_stride(a);
+        memcpy(out, x.o + r * hd, static_cast<size_t>(hd) * 4);
+        out[hd] = x.m[r];
+        out[hd + 1] = x.l[r];
+      }
+      return;
+    }
+    // The merge of attention_merge, with the spans at hand one after the other.
+    float top[16], before[16], now[16];
+    for (int64_t r0 = 0; r0 < rows; r0 += 16) {
+      vf_store(top, vf_max(vf_load(x.total_m + r0), vf_load(x.m + r0)));
+      factors(x.total_m + r0, top, 16, before);
+      factors(x.m + r0, top, 16, now);
+      for (int64_t r = r0; r < least(r0 + 16, rows); ++r) {
+        const vf b = vf_set1(before[r - r0]), n = vf_set1(now[r - r0]);
+        for (int64_t d = 0; d < hd; d += 16) {
+          float* o = x.total + r * hd + d;
+          vf_store(o, vf_fma(vf_load(x.o + r * hd + d), n, vf_load(o) * b));
+        }
+        x.total_l[r] = __builtin_fmaf(x.l[r], now[r - r0], x.total_l[r] * before[r - r0]);
+        x.total_m[r] = top[r - r0];
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t token = item.token + r / group;
+    float* out = a.out + (s.row + token) * a.ldo + (item.kv_head * group + r % group) * hd;
+    const vf l = vf_set1(x.total_l[r]);
+    for (int64_t d = 0; d < hd; d += 16) vf_store(out + d, vf_load(x.total + r * hd + d) / l);
+  }
+}
+
+}  // namespace
+
+bool attention_long(const AttentionArgs& a) {
+  for (int64_t i = 0; i < a.sequence_count; ++i) {
+    if (!is_short(a, a.sequences[i])) return true;
+  }
+  return false;
+}
+
+void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
+  for (int64_t i = 0; i < a.sequence_count; ++i) {
+    const AttentionSequence& s = a.sequences[i];
+    if (is_short(a, s)) continue;
+    for (int64_t t = most(0, row_begin - s.row); t < least(s.rows, row_end - s.row); ++t) {
+      for (int64_t h = 0; h < a.kv_heads; ++h) append(a, s, t, h, t + 1 == s.rows, static_cast<float*>(scratch));
+    }
+  }
+}
+
+int64_t attention_items(const AttentionArgs& a) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < a.sequence_count; ++i) total += items_of(a, a.sequences[i]);
+  return total;
+}
+
+void attention_costs(const AttentionArgs& a, float* costs) {
+  each_item(a, 0, attention_items(a), [&](const Item& item) {
+    const AttentionSequence& s = *item.sequence;
+    const int64_t from = most(item.span_begin * kSpan, first_key(a, s.start + item.token));
+    const int64_t to = least(item.span_end * kSpan, s.start + item.token + item.tokens);
+    // Keys are read once per item and used by every row of it.
+    *costs++ = static_cast<float>((to - from + kTile) * (item.tokens * group_of(a) + 6));
+  });
+}
+
+int64_t attention_partial_floats(const AttentionArgs& a) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < a.sequence_count; ++i) rows += partial_rows(a, a.sequences[i]);
+  return rows * partial_stride(a);
+}
+
+void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch) {
+  each_item(a, item_begin, item_end, [&](const Item& item) {
+    if (!a.kv_bf16) {
+      run_item<Math::kF32>(a, item, scratch);
+    } else if (a.bf16_math) {
+      run_item<Math::kBf16>(a, item, scratch);
+    } else {
+      run_item<Math::kWide>(a, item, scratch);
+    }
+  });
+}
+
+void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end) {
+  const int64_t hd = a.head_dim, stride = partial_stride(a), group = group_of(a);
+  int64_t partial = 0;
+  for (int64_t i = 0; i < a.sequence_count; ++i) {
+    const AttentionSequence& s = a.sequences[i];
+    if (s.rows == 0 || !is_short(a, s)) continue;
+    const int64_t spans = span_count(a, s), span_stride = a.heads * s.rows * stride;
+    for (int64_t t = most(0, row_begin - s.row); t < least(s.rows, row_end - s.row); ++t) {
+      for (int64_t h = 0; h < a.heads; ++h) {
+        const float* first =
+            a.partials + (partial + (h / group) * s.rows * group + t * group + h % group) * stride;
+        float* out = a.out + (s.row + t) * a.ldo + h * hd;
+        if (spans == 1) {
+          const vf l = vf_set1(first[hd + 1]);
+          // As merging with nothing: the factors are 0 and 1.
+          for (int64_t d = 0; d < hd; d += 16) vf_store(out + d, vf_load(first + d) / l);
+          continue;
+        }
+        alignas(64) float m[16], top[16], before[16], now[16];
+        for (int j = 0; j < 16; ++j) m[j] = kMasked;
+        float l = 0;
+        for (int64_t d = 0; d < hd; d += 16) vf_store(out + d, vf_zero());
+        for (int64_t n = 0; n < spans; ++n) {
+          const float* from = first + n * span_stride;
+          const vf m_span = vf_set1(from[hd]);
+          vf_store(now, m_span);
+          vf_store(top, vf_max(vf_load(m), m_span));
+          factors(m, top, 16, before);
+          factors(now, top, 16, now);
+          const vf b = vf_set1(before[0]), f = vf_set1(now[0]);
+          for (int64_t d = 0; d < hd; d += 16) {
+            vf_store(out + d, vf_fma(vf_load(from + d), f, vf_load(out + d) * b));
+          }
+          l = __builtin_fmaf(from[hd + 1], now[0], l * before[0]);
+          memcpy(m, top, 64);
+        }
+        const vf total = vf_set1(l);
+        for (int64_t d = 0; d < hd; d += 16) vf_store(out + d, vf_load(out + d) / total);
+      }
+    }
+    partial += partial_rows(a, s);
+  }
+}
+
+int64_t attention_scratch_bytes(const AttentionArgs& a) { return Scratch::bytes(a); }
+
+}  // namespace gm::GM_LEVEL
