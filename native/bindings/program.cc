@@ -5,6 +5,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstring>
 
 #include "bindings/bind.h"
@@ -33,6 +37,33 @@ class WeightArena {
     used_ = (at + n + 63) / 64 * 64;
     return reinterpret_cast<int64_t>(arena_.data() + at);
   }
+  // Reads bytes of a file into the arena, past the page tables: a map's pages would count as the process's own.
+  int64_t read(const std::string& path, int64_t offset, int64_t bytes) {
+    const int64_t at = used_;
+    if (bytes < 0 || at + bytes > static_cast<int64_t>(arena_.bytes())) {
+      throw std::invalid_argument("the weight arena is full");
+    }
+    int failure = 0;
+    {
+      nb::gil_scoped_release release;
+      const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+      failure = file < 0 ? errno : 0;
+      for (int64_t done = 0; failure == 0 && done < bytes;) {
+        const ssize_t n = pread(file, arena_.data() + at + done, static_cast<size_t>(bytes - done), offset + done);
+        if (n > 0) done += n;
+        if (n == 0) failure = ENODATA;
+        if (n < 0 && errno != EINTR) failure = errno;
+      }
+      if (file >= 0) close(file);
+    }
+    if (failure != 0) {
+      errno = failure;
+      PyErr_SetFromErrno(PyExc_OSError);
+      throw nb::python_error();
+    }
+    used_ = (at + bytes + 63) / 64 * 64;
+    return reinterpret_cast<int64_t>(arena_.data() + at);
+  }
   int64_t used() const { return used_; }
 
  private:
@@ -54,6 +85,7 @@ void bind_program(nb::module_& m) {
   nb::class_<WeightArena>(m, "WeightArena")
       .def(nb::init<int64_t>(), "bytes"_a)
       .def("put", &WeightArena::put, nb::arg("bytes").noconvert(), "Copies the bytes in; their address.")
+      .def("read", &WeightArena::read, "path"_a, "offset"_a, "bytes"_a, "Reads part of a file in; its address.")
       .def_prop_ro("used", &WeightArena::used);
 
   nb::class_<gm::KvView>(m, "KvView")

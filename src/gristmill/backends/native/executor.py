@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from gristmill.program.nodes import Program
 
 if TYPE_CHECKING:
     from gristmill.formats.packed import Packed
+    from gristmill.io.checkpoint import Extent
 
 ACTIVATIONS = ("exact", "bf16", "fast")
 KV_DTYPES = ("f32", "bf16")
@@ -83,7 +84,8 @@ class NativeKVView:
 class NativeExecutor:
     """Runs a semantic program on the CPU.
 
-    activations: `exact` (f32), `bf16`, or `fast` (int8 per token and group for integer weights; float weights as
+    extents: where a weight's arrays lie in a file; with it they are read from there rather than through the map, so that
+    the pages do not count twice. activations: `exact` (f32), `bf16`, or `fast` (int8 per token and group for integer weights; float weights as
     stored). kv_dtype: `f32` or `bf16`. A row's result does not depend on the other rows, the thread count, or where
     a prompt was cut.
     """
@@ -98,6 +100,7 @@ class NativeExecutor:
         kv_dtype: str = "bf16",
         threads: int | None = None,
         level: str | None = None,
+        extents: Callable[[str], Mapping[str, Extent]] | None = None,
     ) -> None:
         if activations not in ACTIVATIONS:
             raise UsageError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
@@ -115,7 +118,7 @@ class NativeExecutor:
         except ValueError as error:
             raise UsageError(str(error)) from None
         used = sorted({name for node in program.nodes for name in node.weights if name in packed})
-        self._store = WeightStore([packed[name] for name in used])
+        self._store = WeightStore([packed[name] for name in used], extents)
         self.weights: dict[str, NativeWeight] = {}
 
         def weight(name: str) -> NativeWeight:
@@ -172,8 +175,9 @@ class NativeExecutor:
         program = build_program(checkpoint.config)
         return cls(
             program,
-            _Tensors(checkpoint.packed, checkpoint.names()),
-            _Tensors(checkpoint.vector, checkpoint.names()),
+            _Tensors(checkpoint.packed, checkpoint.specs),
+            _Tensors(checkpoint.vector, set(checkpoint.names()) - set(checkpoint.specs)),
+            extents=checkpoint.extents,
             activations=activations or "fast",
             kv_dtype=kv_dtype,
             threads=threads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from gristmill.errors import ModelError
 
 if TYPE_CHECKING:
     from gristmill.formats.packed import Packed
+    from gristmill.io.checkpoint import Extent
 
 _STORAGE = {
     "f32": _native.Storage.F32,
@@ -45,20 +46,28 @@ class WeightStore:
     faster and is safe against a file that shrinks; otherwise the mapped arrays are used in place.
     """
 
-    def __init__(self, packed: Iterable[Packed]) -> None:
+    def __init__(
+        self, packed: Iterable[Packed], extents: Callable[[str], Mapping[str, Extent]] | None = None
+    ) -> None:
         total = sum((a.nbytes + _ALIGN - 1) // _ALIGN * _ALIGN for p in packed for a in _arrays(p))
         self.in_arena = total * 4 < psutil.virtual_memory().available
         self._arena = _native.WeightArena(total + _ALIGN) if self.in_arena else None
+        self._extents = extents
         self._kept: list[NDArray[np.generic]] = []
 
-    def address(self, array: NDArray[np.generic] | None) -> int:
+    def address(self, name: str, part: str, array: NDArray[np.generic] | None) -> int:
         """Address at which the array's bytes lie from now on; 0 for None."""
         if array is None:
             return 0
+        if self._arena is not None and self._extents is not None:
+            extent = self._extents(name)[part]
+            try:
+                return int(self._arena.read(str(extent.path), extent.offset, extent.nbytes))
+            except OSError as error:
+                raise ModelError(f"cannot read {name}.{part} from {extent.path}: {error}") from None
         contiguous = np.ascontiguousarray(array)
         if self._arena is not None:
-            flat = contiguous.reshape(-1).view(np.uint8)
-            return int(self._arena.put(flat))
+            return int(self._arena.put(contiguous.reshape(-1).view(np.uint8)))
         self._kept.append(contiguous)
         return int(contiguous.ctypes.data)
 
@@ -85,9 +94,9 @@ class WeightStore:
                 groups=groups,
                 offset=packed.offset,
                 wide_scales=scales.dtype == np.float32,
-                values=self.address(values),
-                scales=self.address(scales),
-                mins=self.address(packed.arrays.get("mins")),
+                values=self.address(name, "codes", values),
+                scales=self.address(name, "scales", scales),
+                mins=self.address(name, "mins", packed.arrays.get("mins")),
             )
             kind = "int4" if packed.bits == 4 else "int8"
             return NativeWeight(index, rows, columns, True, kind, group, padded, packed.nbytes)
@@ -104,7 +113,7 @@ class WeightStore:
             groups=0,
             offset=0,
             wide_scales=False,
-            values=self.address(values),
+            values=self.address(name, "values", values),
             scales=0,
             mins=0,
         )
