@@ -1,1 +1,74 @@
-"""gristmill."""
+"""gristmill: an LLM inference engine.
+
+    import gristmill
+
+    with gristmill.load("smollm2") as model:
+        print(model.generate("Why is the sky blue?", max_tokens=60).text)
+
+Names are imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gristmill.version import __version__
+
+if TYPE_CHECKING:
+    from gristmill.api import ChatSession, Model, load
+    from gristmill.engine.result import Chunk, Result, Timings, TokenLogprob
+    from gristmill.engine.sampling import SamplingParams
+    from gristmill.errors import Cancelled, GristmillError, ModelError, TemplateError, TokenizerError, UsageError
+    from gristmill.program.batch import CancelFlag
+
+_HOMES = {
+    "CancelFlag": "gristmill.program.batch",
+    "Cancelled": "gristmill.errors",
+    "ChatSession": "gristmill.api",
+    "Chunk": "gristmill.engine.result",
+    "GristmillError": "gristmill.errors",
+    "Model": "gristmill.api",
+    "ModelError": "gristmill.errors",
+    "Result": "gristmill.engine.result",
+    "SamplingParams": "gristmill.engine.sampling",
+    "TemplateError": "gristmill.errors",
+    "Timings": "gristmill.engine.result",
+    "TokenLogprob": "gristmill.engine.result",
+    "TokenizerError": "gristmill.errors",
+    "UsageError": "gristmill.errors",
+    "load": "gristmill.api",
+}
+"""Public name -> the module it is defined in."""
+
+__all__ = [
+    "CancelFlag",
+    "Cancelled",
+    "ChatSession",
+    "Chunk",
+    "GristmillError",
+    "Model",
+    "ModelError",
+    "Result",
+    "SamplingParams",
+    "TemplateError",
+    "Timings",
+    "TokenLogprob",
+    "TokenizerError",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gristmill' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
