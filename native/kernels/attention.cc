@@ -110,11 +110,11 @@ void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, i
   const int64_t at = ring_block(s.kv, position) * s.kv.block_bytes + head * s.kv.tile_bytes;
   rotate(a, a.k + (s.row + token) * a.ldk + head * hd, position, rotated);
   const float* v = a.v + (s.row + token) * a.ldv + head * hd;
+  // The partner that a pair of tokens does not have yet is cleared: it meets p = 0, which must not be 0 * NaN.
+  const bool clear = last && slot % 2 == 0;
   if (a.kv_bf16) {
     auto* k_tile = reinterpret_cast<uint16_t*>(s.kv.k + at) + slot * 2;
     auto* v_tile = reinterpret_cast<uint16_t*>(s.kv.v + at) + slot / 2 * hd * 2 + slot % 2;
-    // The other half of a pair with no partner yet is cleared: it meets p = 0, which must not be 0 * NaN.
-    const bool clear = last && slot % 2 == 0;
     for (int64_t d = 0; d < hd; d += 2) {
       k_tile[d * 16] = float_to_bf16(rotated[d]);
       k_tile[d * 16 + 1] = float_to_bf16(rotated[d + 1]);
@@ -128,6 +128,7 @@ void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, i
     auto* v_tile = reinterpret_cast<float*>(s.kv.v + at) + slot * hd;
     for (int64_t d = 0; d < hd; ++d) k_tile[d * 16] = rotated[d];
     memcpy(v_tile, v, static_cast<size_t>(hd) * 4);
+    if (clear) memset(v_tile + hd, 0, static_cast<size_t>(hd) * 4);
   }
 }
 

@@ -26,7 +26,7 @@ FORMATS = {
     "q8_g32": PackedSpec("group_int", (1, 1), 8, 32, 128, "f16", False),
     "q8_min": PackedSpec("group_int", (1, 1), 8, 32, 0, "f16", True),
     "q8_wide": PackedSpec("group_int", (1, 1), 8, 16, 32, "f32", False),
-    "q8_row": PackedSpec("group_int", (1, 1), 8, 0, 128, "f32", False),
+    "q8_row": PackedSpec("group_int", (1, 1), 8, 8, 128, "f32", False),  # the group becomes the whole row
 }
 STORAGE = {"f32": _native.Storage.F32, "bf16": _native.Storage.BF16, "f16": _native.Storage.F16}
 
@@ -42,7 +42,7 @@ class Case:
 def make(name: str, n: int, k: int, seed: int = 0) -> Case:
     rng = np.random.default_rng([seed, n, k, *name.encode()])
     base = FORMATS[name]
-    group = base.group or (-(-k // 8) * 8 if name == "q8_row" else 0)
+    group = -(-k // 8) * 8 if name == "q8_row" else base.group
     spec = PackedSpec(base.format, (n, k), base.bits, group, base.offset, base.scales, base.mins)
     arrays: dict[str, NDArray[np.generic]] = {}
     for array, (_, shape) in spec.arrays().items():

@@ -1,0 +1,235 @@
+"""Attention of every level and KV dtype against float64, and bit for bit over every way to cut the work."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gristmill.backends.native import _native
+
+LEVELS = _native.available_levels()
+F32 = NDArray[np.float32]
+MODES = {"bf16": (True, True), "wide": (True, False), "f32": (False, False)}
+
+
+def to_bf16(x: F32) -> F32:
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32).__lshift__(16).view(np.float32)
+
+
+@dataclass
+class Layer:
+    """An attention layer and random inputs for a sequence of `tokens`."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    window: int = 0
+    mode: str = "bf16"
+    max_step: int = 512
+
+    def inputs(self, tokens: int, seed: int = 0) -> tuple[F32, F32, F32]:
+        rng = np.random.default_rng([seed, self.heads, self.head_dim])
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = (rng.standard_normal((tokens, n * self.head_dim)).astype(np.float32) for n in sizes)
+        return q * np.float32(3), k, v
+
+    def rope(self, positions: int = 2048) -> tuple[F32, F32]:
+        frequencies = 10000.0 ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        angles = np.arange(positions)[:, None] * frequencies
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def native(self, level: str) -> _native.AttentionLayer:
+        kv_bf16, bf16_math = MODES[self.mode]
+        scale = self.head_dim**-0.5
+        return _native.AttentionLayer(
+            level, self.heads, self.kv_heads, self.head_dim, scale, self.window, kv_bf16, bf16_math, self.max_step
+        )
+
+    def run(
+        self,
+        level: str,
+        inputs: tuple[F32, F32, F32],
+        cuts: tuple[int, ...] = (),
+        parts: int = 1,
+        fill: int = 255,
+    ) -> F32:
+        """The whole sequence, in steps that end at `cuts`; the cache starts as NaN."""
+        native = self.native(level)
+        tokens = inputs[0].shape[0]
+        view = native.allocate(tokens + 3, fill)
+        out = np.full((tokens, self.heads * self.head_dim), np.nan, np.float32)
+        for begin, end in itertools.pairwise((0, *cuts, tokens)):
+            part = np.full((end - begin, out.shape[1]), np.nan, np.float32)
+            q, k, v = (np.ascontiguousarray(x[begin:end]) for x in inputs)
+            native.run(q, k, v, *self.rope(), part, [view], [end - begin], parts)
+            out[begin:end] = part
+        return out
+
+    def oracle(self, inputs: tuple[F32, F32, F32]) -> NDArray[np.float64]:
+        """softmax(scale q k^T, causal and windowed) v in float64; stored values as the cache rounds them."""
+        cos, sin = self.rope()
+        tokens = inputs[0].shape[0]
+        half = self.head_dim // 2
+
+        def rotated(x: F32, n: int) -> F32:
+            x = x.reshape(tokens, n, self.head_dim)
+            c, s = cos[:tokens, None], sin[:tokens, None]
+            low, high = x[..., :half], x[..., half:]
+            return np.concatenate([low * c - high * s, high * c + low * s], -1)
+
+        kv_bf16, bf16_math = MODES[self.mode]
+        q, k = rotated(inputs[0], self.heads), rotated(inputs[1], self.kv_heads)
+        v = inputs[2].reshape(tokens, self.kv_heads, self.head_dim)
+        if kv_bf16:
+            k, v = to_bf16(k), to_bf16(v)
+        if bf16_math:
+            q = to_bf16(q)
+        group = self.heads // self.kv_heads
+        k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+        s = np.einsum("thd,shd->hts", q.astype(np.float64), k.astype(np.float64)) * self.head_dim**-0.5
+        distance = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+        hidden = (distance < 0) | ((distance >= self.window) if self.window else False)
+        s[:, hidden] = -np.inf
+        p = np.exp(s - s.max(-1, keepdims=True))
+        return np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v.astype(np.float64)).reshape(tokens, -1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((4, 2, 32), 0), ((9, 3, 64), 0), ((3, 3, 16), 0), ((8, 1, 80), 40), ((5, 5, 16), 100), ((50, 1, 16), 0)],
+    ids=str,
+)
+def test_against_float64(level: str, mode: str, shape: tuple[int, int, int], window: int) -> None:
+    layer = Layer(*shape, window, mode)
+    inputs = layer.inputs(333)
+    expected = layer.oracle(inputs)
+    # bf16 rounds the probabilities to 8 bits; the rest is float32 arithmetic on scores of size 30.
+    tolerance = 6e-3 if mode == "bf16" else 5e-5
+    for cuts in [(), (1, 2, 70, 300), (330, 331, 332)]:
+        got = layer.run(level, inputs, cuts)
+        np.testing.assert_allclose(got, expected, atol=tolerance, rtol=0, err_msg=str(cuts))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [0, 40, 300])
+def test_cuts_and_parts_change_no_bit(level: str, mode: str, window: int) -> None:
+    layer = Layer(6, 2, 32, window, mode, max_step=64 if window == 40 else 512)
+    inputs = layer.inputs(600)
+    steps = tuple(range(64, 600, 64)) if window == 40 else (512,)
+    whole = layer.run(level, inputs, steps)
+    assert np.isfinite(whole).all()
+    for cuts in [(1, 17, 33, 63, 65, 128, 191), (255, 256, 257), tuple(range(1, 64))]:
+        rest = tuple(range(cuts[-1] + 60, 600, 60))
+        for parts in (1, 3):
+            got = layer.run(level, inputs, (*cuts, *rest), parts)
+            np.testing.assert_array_equal(got, whole, err_msg=f"{cuts} {parts}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_on_every_level(mode: str) -> None:
+    layer = Layer(7, 1, 48, 70, mode)
+    inputs = layer.inputs(300)
+    expected = layer.run("portable", inputs, (250, 251))
+    for level in LEVELS:
+        np.testing.assert_array_equal(layer.run(level, inputs, (250, 251)), expected, err_msg=level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sequences_do_not_meet(level: str) -> None:
+    layer = Layer(6, 2, 32)
+    native = layer.native(level)
+    lengths, starts = [1, 0, 70, 3, 1], [280, 5, 0, 254, 0]
+    rows, views, alone = [], [], []
+    for i, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        inputs = layer.inputs(start + length, seed=i)
+        alone.append(layer.run(level, inputs, (start,) if start else ())[start:])
+        view = native.allocate(400, 255)
+        if start:
+            first = [np.ascontiguousarray(x[:start]) for x in inputs]
+            native.run(*first, *layer.rope(), np.zeros((start, 192), np.float32), [view], [start])
+        views.append(view)
+        rows.append([x[start:] for x in inputs])
+    q, k, v = (np.concatenate([r[i] for r in rows]) for i in range(3))
+    for parts in (1, 4):
+        out = np.full((sum(lengths), 192), np.nan, np.float32)
+        native.run(q, k, v, *layer.rope(), out, views, lengths, parts)
+        np.testing.assert_array_equal(out, np.concatenate(alone))
+        for view, start in zip(views, starts, strict=True):
+            view.truncate(start)
+
+
+def test_a_truncated_sequence_forgets() -> None:
+    layer = Layer(4, 2, 32)
+    native = layer.native(LEVELS[-1])
+    a, b = layer.inputs(100), layer.inputs(100, seed=9)
+    mixed = tuple(np.concatenate([x[:41], y[41:]]) for x, y in zip(a, b, strict=True))
+    view = native.allocate(128, 255)
+    out = np.zeros((100, 128), np.float32)
+    native.run(*a, *layer.rope(), out, [view], [100])
+    view.truncate(41)
+    rest = np.zeros((59, 128), np.float32)
+    native.run(*(np.ascontiguousarray(x[41:]) for x in b), *layer.rope(), rest, [view], [59])
+    np.testing.assert_array_equal(rest, layer.run(LEVELS[-1], mixed)[41:])
+
+
+def test_the_ring_of_a_window_holds_what_rows_see() -> None:
+    layer = Layer(2, 1, 16, window=20, max_step=32)
+    native = layer.native(LEVELS[-1])
+    bounded = native.allocate(2000).reserved_bytes
+    assert bounded == native.allocate(200).reserved_bytes
+    inputs = layer.inputs(500)
+    got = layer.run(LEVELS[-1], inputs, tuple(range(30, 500, 30)))
+    np.testing.assert_allclose(got, layer.oracle(inputs), atol=6e-3)
+    view = native.allocate(500)
+    for begin in range(0, 480, 30):
+        part = [np.ascontiguousarray(x[begin : begin + 30]) for x in inputs]
+        native.run(*part, *layer.rope(), np.zeros((30, 32), np.float32), [view], [30])
+    view.truncate(479)
+    with pytest.raises(ValueError, match="window has moved on"):
+        view.truncate(100)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [1, 16, 17, 63, 64, 100, 576, 1000])
+def test_row_operations_against_float64(level: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((3, n)).astype(np.float32)
+    w = rng.standard_normal(n).astype(np.float32)
+    y = np.full_like(x, np.nan)
+    _native.rmsnorm(level, x, w, y, 1e-5)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(y, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * w, rtol=2e-6)
+
+    total = x.copy()
+    _native.add(level, total, y)
+    np.testing.assert_array_equal(total, x + y)
+
+    gate = (x * np.float32(20)).clip(-150, 150)
+    sigmoid = 1 / (1 + np.exp(-gate.astype(np.float64)))
+    u = np.sqrt(2 / np.pi) * (gate.astype(np.float64) + 0.044715 * gate.astype(np.float64) ** 3)
+    for activation, expected in enumerate([gate * sigmoid, 0.5 * gate * (1 + np.tanh(u))]):
+        out = np.full_like(x, np.nan)
+        _native.gated(level, gate, x, out, activation)
+        np.testing.assert_allclose(out, expected * wide, rtol=3e-6, atol=1e-5)
+
+
+def test_row_operations_have_the_same_bits_on_every_level() -> None:
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal((4, 577)) * 4).astype(np.float32)
+    w = rng.standard_normal(577).astype(np.float32)
+    seen = set()
+    for level in LEVELS:
+        y, a, b = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+        _native.rmsnorm(level, x, w, y, 1e-6)
+        _native.gated(level, x, y, a, 0)
+        _native.gated(level, x, y, b, 1)
+        seen.add(y.tobytes() + a.tobytes() + b.tobytes())
+    assert len(seen) == 1
