@@ -189,6 +189,11 @@ class NativeExecutor:
         """Threads that run a step."""
         return int(self._pool.threads)
 
+    @property
+    def weights_in_arena(self) -> bool:
+        """Whether the weights were copied onto huge pages; otherwise they are read from the mapped file."""
+        return self._store.in_arena
+
     def _extend_positions(self, count: int) -> None:
         if count <= self._positions:
             return

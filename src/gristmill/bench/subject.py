@@ -1,0 +1,121 @@
+"""A model loaded in one mode, to be measured: what bench and evaluate run on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gristmill.program.costs import parameters, weight_total
+
+if TYPE_CHECKING:
+    from gristmill.backends.native.executor import NativeExecutor
+    from gristmill.io.checkpoint import Progress
+    from gristmill.io.tokenizer import Tokenizer
+
+
+@dataclass
+class Subject:
+    """A context manager around a native executor that knows what it was loaded from."""
+
+    name: str
+    path: Path
+    weights: str
+    executor: NativeExecutor
+    context: int
+    """Longest sequence the model was made for."""
+    load_s: float
+    """Seconds to open the converted checkpoint and to have its weights ready."""
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        weights: str = "stored",
+        activations: str | None = None,
+        kv_dtype: str = "bf16",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Subject:
+        """Converts the model if it is not in the cache yet (not part of `load_s`) and loads it.
+
+        Raises ModelError and UsageError as loading does everywhere.
+        """
+        from gristmill.backends.native.executor import NativeExecutor
+        from gristmill.io.convert import prepare
+        from gristmill.models import read_config
+
+        prepare(model, weights, progress)
+        begin = time.perf_counter()
+        path = prepare(model, weights)
+        executor = NativeExecutor.load(path, activations=activations, kv_dtype=kv_dtype, threads=threads)
+        load_s = time.perf_counter() - begin
+        context = read_config(_config(path)).max_positions
+        # A path would tell about the machine; its last part names the model.
+        name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else str(model)
+        return cls(name, path, weights, executor, context, load_s)
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.executor.close()
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, read anew."""
+        from gristmill.io.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.path)
+
+    def stored_bytes(self, name: str) -> float:
+        """Bytes of a tensor as it lies in memory, padding included."""
+        weight = self.executor.weights.get(name)
+        return weight.nbytes if weight else 4 * prod(self.executor.program.weights[name].shape)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, each once however many nodes read it."""
+        return int(weight_total(self.executor.program, self.stored_bytes))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights."""
+        return parameters(self.executor.program)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in memory per weight, over all matrices: codes, scales, minimums and padding."""
+        matrices = self.executor.weights.values()
+        return 8 * sum(w.nbytes for w in matrices) / sum(w.rows * w.columns for w in matrices)
+
+    def head(self) -> str:
+        """How the matrix of the output head is stored: f32, bf16, f16, int8 or int4."""
+        program = self.executor.program
+        last = next(node for node in program.nodes if program.output in node.outputs)
+        return self.executor.weights[last.weights[0]].storage
+
+    def kv_element_bytes(self) -> int:
+        """Bytes of one number in the KV cache."""
+        return 2 if self.executor.kv_dtype == "bf16" else 4
+
+    def modes(self) -> dict[str, Any]:
+        """What every figure names: weights, activations, KV, head, bits, threads, kernels, where they lie."""
+        return {
+            "weights": self.weights,
+            "activations": self.executor.activations,
+            "kv_dtype": self.executor.kv_dtype,
+            "head": self.head(),
+            "bits_per_weight": self.bits_per_weight,
+            "threads": self.executor.threads,
+            "level": self.executor.level,
+            "weights_in": "arena" if self.executor.weights_in_arena else "mapped file",
+        }
+
+
+def _config(path: Path) -> dict[str, Any]:
+    from gristmill.io.json_file import read_object
+
+    return read_object(path / "config.json")
