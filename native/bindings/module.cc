@@ -7,4 +7,6 @@ NB_MODULE(_native, m) {
   bind_program(m);
   bind_kernels(m);
   bind_attention_kernels(m);
+  bind_sampler(m);
+  bind_interrupt(m);
 }

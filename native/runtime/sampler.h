@@ -1,0 +1,65 @@
+// The next token of each row of logits. What the parameters mean and in which order they apply is described
+// in engine/sampling.py.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime/pool.h"
+
+namespace gm {
+
+struct SamplingOptions {
+  float temperature = 0;  // below kGreedyBelow: the highest logit
+  int64_t top_k = 0;      // 0: all
+  float top_p = 1, min_p = 0;
+  float repetition = 1, presence = 0, frequency = 0;
+  uint64_t seed = 0;
+  int logprobs = -1;  // -1: none; n: the drawn token's and those of the n most probable
+};
+
+inline constexpr float kGreedyBelow = 1e-5f;
+
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_low, uint64_t counter_high);
+
+// One sequence's sampling state: its options, the tokens it has so far where a penalty needs them, and the
+// last draw.
+class SampleRow {
+ public:
+  SampleRow(const SamplingOptions& options, const int32_t* prompt, int64_t prompt_length);
+
+  const SamplingOptions& options() const { return options_; }
+  // Position of the token to be drawn: the number of tokens before it.
+  int64_t position() const { return position_; }
+  // Appends a token to the completion.
+  void push(int32_t token);
+  // Changes logits as the penalties say.
+  void penalise(float* logits, int64_t vocabulary) const;
+  bool penalised() const { return penalised_; }
+
+  struct Draw {
+    int32_t token = -1;
+    float logprob = 0;
+    std::vector<int32_t> top;
+    std::vector<float> top_logprobs;
+  };
+  Draw draw;
+
+ private:
+  SamplingOptions options_;
+  bool penalised_;
+  int64_t position_;
+  std::unordered_map<int32_t, int32_t>
+      counts_;  // token -> occurrences in the completion, 0 if in the prompt only
+};
+
+// Draws a token for every row of logits [count][vocabulary], writes it to tokens[count] and into the row, and
+// appends it to the row. Throws std::invalid_argument, with no row changed, if logits are NaN or +inf or all
+// -inf. With a pool, the rows are divided among its threads; the result does not depend on that.
+void sample(const float* logits, int64_t count, int64_t vocabulary, SampleRow* const* rows, int32_t* tokens,
+            Pool* pool);
+
+}  // namespace gm
