@@ -46,10 +46,10 @@ def run(
     medians over the turns.
 
     Returns plain JSON data: machine, model, modes, prefill, decode, load_s (checkpoint opened and weights
-    ready; conversion is not counted), first_token_s (load_s plus a first, cold prompt of 32 tokens and the
-    choice of its next token), peak_rss_bytes (of this process, all shapes above held at once, before any
-    probe), weight_bytes. roofline_fraction is the time that the step's bytes take at the probe's rate over
-    the time they took.
+    ready; conversion is not counted), first_token_s (from handing over a first prompt of 32 tokens, all cold,
+    to its next token), peak_rss_bytes (of this process, all shapes above held at once, before any probe),
+    weight_bytes. roofline_fraction is the time that the step's bytes take at the probe's rate over the time
+    they took.
 
     Raises UsageError for shapes that the model's context or the options do not allow.
     """
@@ -156,7 +156,7 @@ def _measure(
         ],
         "repeats": repeats,
         "load_s": subject.load_s,
-        "first_token_s": subject.load_s + first_s,
+        "first_token_s": first_s,
         "peak_rss_bytes": peak,
         "weight_bytes": subject.weight_bytes,
     }
@@ -188,7 +188,7 @@ class Sequences:
             view.close()
 
     def prefill(self, tokens: int) -> float:
-        """Empties the sequences, runs the first `tokens` tokens of each; seconds until all have a next one."""
+        """Empties the sequences, runs `tokens` tokens of each; seconds until all have a next one."""
         for view in self._views:
             view.truncate(0)
         begin = time.perf_counter()

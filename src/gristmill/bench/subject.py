@@ -97,6 +97,17 @@ class Subject:
         last = next(node for node in program.nodes if program.output in node.outputs)
         return self.executor.weights[last.weights[0]].storage
 
+    def arithmetic(self) -> str:
+        """What the activations of the linear layers are encoded as: f32, bf16, int8, or several of them."""
+        executor = self.executor
+        if executor.activations != "fast":
+            return {"exact": "f32", "bf16": "bf16"}[executor.activations]
+        kinds = {
+            "int8" if w.integer else "f32" if w.storage == "f32" else "bf16"
+            for w in executor.weights.values()
+        }
+        return "+".join(sorted(kinds))
+
     def kv_element_bytes(self) -> int:
         """Bytes of one number in the KV cache."""
         return 2 if self.executor.kv_dtype == "bf16" else 4
@@ -106,6 +117,7 @@ class Subject:
         return {
             "weights": self.weights,
             "activations": self.executor.activations,
+            "arithmetic": self.arithmetic(),
             "kv_dtype": self.executor.kv_dtype,
             "head": self.head(),
             "bits_per_weight": self.bits_per_weight,
