@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from gristmill.api import ChatSession, Model, load
     from gristmill.engine.result import Chunk, Result, Timings, TokenLogprob
     from gristmill.engine.sampling import SamplingParams
-    from gristmill.errors import Cancelled, GristmillError, ModelError, TemplateError, TokenizerError, UsageError
+    from gristmill.errors import (
+        Cancelled,
+        GristmillError,
+        ModelError,
+        TemplateError,
+        TokenizerError,
+        UsageError,
+    )
     from gristmill.program.batch import CancelFlag
 
 _HOMES = {

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from gristmill.io.checkpoint import Progress
     from gristmill.io.tokenizer import Tokenizer
 
-__all__ = ["ChatSession", "Model", "load"]
+__all__ = ["LEAST_CONTEXT", "ChatSession", "Model", "load"]
+
+LEAST_CONTEXT = 256
+"""Where memory is short the context is chosen to fit, but not below this many tokens."""
 
 Message = Mapping[str, Any]
 """A chat message: role and content."""
@@ -39,16 +42,17 @@ def load(
     """Loads a model; the first time it is also converted into the cache. Prints nothing.
 
     model: a GGUF file, a Hugging Face or checkpoint directory, a hub name, or the short name `smollm2`.
-    weights: `stored`, `f32`, `bf16`, `int8` or `int4`. activations: `exact`, `bf16`, `fast`; None: `fast` for integer
-    weights, as stored for float ones. kv_dtype: `bf16` or `f32`. threads: None for all this process may use.
-    context: most tokens of a sequence, prompt included; None: what the model was made for, or less if memory is short.
-    progress(label, done, total) is called now and then. Raises UsageError for wrong options, ModelError for a model
-    that cannot be read, GristmillError if it does not fit the memory.
+    weights: `stored`, `f32`, `bf16`, `int8` or `int4`. activations: `exact`, `bf16`, `fast`; None: `fast` for
+    integer weights, as stored for float ones. kv_dtype: `bf16` or `f32`. threads: None for all this process
+    may use. context: most tokens of a sequence, prompt included; None: what the model was made for, or less
+    if memory is short. progress(label, done, total) is called now and then. Raises UsageError for wrong
+    options, ModelError for a model that cannot be read, GristmillError if it does not fit the memory.
     """
     from gristmill.backends.native import NativeExecutor
     from gristmill.io.checkpoint import Checkpoint
     from gristmill.io.convert import prepare
     from gristmill.io.json_file import read_object
+    from gristmill.io.memory import plan
     from gristmill.io.tokenizer import Tokenizer
     from gristmill.models import read_config
 
@@ -56,10 +60,15 @@ def load(
     path = prepare(model, weights, progress)
     checkpoint = Checkpoint.open(path)
     most = read_config(checkpoint.config).max_positions
-    if context is None:
-        context = most
-    elif isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most:
+    if context is not None and (
+        isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most
+    ):
         raise UsageError(f"context must be between 1 and the model's {most}, not {context!r}")
+    memory = plan(checkpoint.config, checkpoint.weight_bytes, kv_dtype, context or most)
+    if context is None and memory.largest_context >= LEAST_CONTEXT:
+        context = memory.largest_context
+    else:
+        context = memory.check().context
     executor = NativeExecutor.load(path, activations=activations, kv_dtype=kv_dtype, threads=threads)
     tokenizer = Tokenizer.load(path)
     generation = path / "generation_config.json"
@@ -79,10 +88,10 @@ def load(
 class Model:
     """A loaded model. Use as a context manager, or call `close`.
 
-    Calls from several threads are safe; their steps take turns. Ctrl-C during a call in the main thread stops the step
-    in progress within one node and raises KeyboardInterrupt, as Python's own SIGINT handler does; if the program has
-    put a handler in its place that returns, the result's finish_reason is "cancelled". Either way all memory of the
-    sequence is given back.
+    Calls from several threads are safe; their steps take turns. Ctrl-C during a call in the main thread stops
+    the step in progress within one node and raises KeyboardInterrupt, as Python's own SIGINT handler does; if
+    the program has put a handler in its place that returns, the result's finish_reason is "cancelled". Either
+    way all memory of the sequence is given back.
     """
 
     def __init__(
@@ -131,10 +140,11 @@ class Model:
     ) -> Result:
         """Continues a prompt.
 
-        A text becomes the user's message of the model's chat template, unless `raw` is set or there is no template;
-        token ids are taken as they are. on_text gets the text piece by piece. cancel.set(), from any thread, ends the
-        call with what there is. `sampling` are fields of SamplingParams in place of the model's defaults. Raises
-        UsageError for wrong values, and for a prompt that is longer than the context.
+        A text becomes the user's message of the model's chat template, unless `raw` is set or there is no
+        template; token ids are taken as they are. on_text gets the text piece by piece. cancel.set(), from
+        any thread, ends the call with what there is. `sampling` are fields of SamplingParams in place of the
+        model's defaults. Raises UsageError for wrong values, and for a prompt that is longer than the
+        context.
         """
         started = time.perf_counter()
         one = self._begin(prompt, raw, self.defaults.updated(sampling), started)
@@ -170,7 +180,8 @@ class Model:
         cancel: CancelFlag | None = None,
         **sampling: Any,
     ) -> Result:
-        """Answers a conversation: a list of objects with `role` and `content`, through the model's chat template.
+        """Answers a conversation: a list of objects with `role` and `content`, through the model's chat
+        template.
 
         Raises UsageError for a model without one and TemplateError for messages that it refuses.
         """
@@ -188,7 +199,8 @@ class Model:
         cancel: CancelFlag | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
-        """`generate`, or `chat` for a list of messages, as an iterator of chunks; the last one holds the Result.
+        """`generate`, or `chat` for a list of messages, as an iterator of chunks; the last one holds the
+        Result.
 
         Wrong values raise at once, not with the first chunk. Closing the iterator early ends the generation.
         """
@@ -202,7 +214,7 @@ class Model:
         return self._chunks(one, cancel)
 
     def session(self, system: str | None = None) -> ChatSession:
-        """A conversation that keeps the keys and values of earlier turns. Close it, or the model, when done."""
+        """A conversation that keeps the keys and values of earlier turns. Close it when done."""
         return ChatSession(self, system)
 
     def prompt_ids(self, prompt: str | Sequence[int], *, raw: bool = False) -> list[int]:
@@ -221,9 +233,7 @@ class Model:
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
-        if not self._engine.closed:
-            self._engine.closed = True
-            self.executor.close()
+        self._engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -264,10 +274,10 @@ class Model:
 class ChatSession:
     """A conversation whose keys and values are kept, so that a turn costs only its own tokens.
 
-    When the history outgrows the context, the oldest turns are forgotten, the system message never. That happens as
-    soon as the prompt and the answer to come (its max_tokens, but at most a quarter of the context) would not fit; then
-    so many turns go that the prompt takes up half the context at most, because every time costs a full prefill.
-    `Result.dropped_turns` says how many went.
+    When the history outgrows the context, the oldest turns are forgotten, the system message never. That
+    happens as soon as the prompt and the answer to come (its max_tokens, but at most a quarter of the
+    context) would not fit; then so many turns go that the prompt takes up half the context at most, because
+    every time costs a full prefill. `Result.dropped_turns` says how many went.
     """
 
     def __init__(self, model: Model, system: str | None = None) -> None:
@@ -293,8 +303,8 @@ class ChatSession:
     ) -> Result:
         """Adds the user's message, and the answer, to the conversation.
 
-        After an error or KeyboardInterrupt the conversation is as it was before; after a cancellation it holds what was
-        generated until then.
+        After an error or KeyboardInterrupt the conversation is as it was before; after a cancellation it
+        holds what was generated until then.
         """
         started = time.perf_counter()
         model = self._model
@@ -338,7 +348,7 @@ class ChatSession:
         self.close()
 
     def _fit(self, messages: list[dict[str, Any]], params: SamplingParams) -> tuple[list[int], int]:
-        """The prompt of the messages, from which the oldest turns are removed as needed, and how many were."""
+        """The prompt of the messages, and how many turns were removed from them for it."""
         context = self._model.context
         reserve = max(1, min(params.max_tokens or context, context // 4))
         ids = self._model.chat_ids(messages)

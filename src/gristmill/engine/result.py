@@ -8,7 +8,7 @@ from typing import Literal
 __all__ = ["Chunk", "FinishReason", "Result", "Timings", "TokenLogprob"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: an end token or a stop string. length: max_tokens or the context. cancelled: through a cancel flag."""
+"""stop: an end token or a stop string. length: max_tokens or the context. cancelled: by a cancel flag."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Timings:
     first_token_s: float = 0.0
     """Seconds from the call to the first token."""
     prefill_tokens_per_s: float = 0.0
-    """Prompt tokens computed (not those found in the KV cache), per second of the steps until the first token."""
+    """Prompt tokens computed, not those found in the KV cache, per second until the first token."""
     decode_tokens_per_s: float = 0.0
     """Tokens after the first, per second from the first to the last."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural log probabilities at one generated position, of the model's logits before penalties and filters."""
+    """Natural log probabilities at one position, of the logits before penalties and filters."""
 
     token_id: int
     logprob: float

@@ -3,10 +3,10 @@
 The order is that of the field (Transformers): penalties, temperature, top-k, top-p, min-p, then one draw.
 
 1. `repetition_penalty` r divides the positive and multiplies the other logits of every token in prompt or
-   completion; then `presence_penalty` is subtracted once, and `frequency_penalty` per occurrence, for tokens of
-   the completion.
-2. The logits are divided by `temperature`. 0 (and anything below 1e-5) means greedy: the highest logit after the
-   penalties, the lowest id among equals; nothing is drawn and the filters do not matter.
+   completion; then `presence_penalty` is subtracted once, and `frequency_penalty` per occurrence, for tokens
+   of the completion.
+2. The logits are divided by `temperature`. 0 (and anything below 1e-5) means greedy: the highest logit after
+   the penalties, the lowest id among equals; nothing is drawn and the filters do not matter.
 3. `top_k` keeps the k highest (the lowest ids among equals), 0 all.
 4. `top_p` keeps the most probable of those, up to and with the one that brings their share to top_p.
 5. `min_p` drops what is less probable than min_p times the most probable.
@@ -35,7 +35,7 @@ MAX_STOP_CHARS = 256
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence is continued. Raises UsageError, in one line that names the field, for a wrong value."""
+    """How one sequence is continued. A wrong value raises UsageError, in one line that names the field."""
 
     max_tokens: int | None = None
     """Most tokens to generate, from 1; None: as many as the context holds."""
@@ -54,7 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """-2 to 2."""
     stop: tuple[str, ...] = ()
-    """Texts that end the generation and are not part of it; one string or up to 16, each of up to 256 characters."""
+    """Texts that end the generation and are not part of it: one, or up to 16, of up to 256 characters."""
     seed: int | None = None
     """0 to 2**64 - 1; None: a new one for every sequence, told in the result."""
     logprobs: int | None = None
@@ -72,7 +72,9 @@ class SamplingParams:
         store("top_k", _integer("top_k", self.top_k, 0, 2**31 - 1))
         store("top_p", _number("top_p", self.top_p, 0, 1, above=True))
         store("min_p", _number("min_p", self.min_p, 0, 1))
-        store("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True))
+        store(
+            "repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        )
         store("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
         store("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
         store("stop", _stops(self.stop))
@@ -103,9 +105,9 @@ class SamplingParams:
         """The defaults that a model's generation_config.json names; what it leaves out stays off.
 
         `do_sample: false` means greedy, and its filters apply only once a temperature is asked for. Without
-        `do_sample` a temperature in the file counts. Where the file has no temperature, it is 1 if `do_sample` is
-        true and greedy otherwise. `max_new_tokens` is taken, `max_length` is not: it is Transformers' own default.
-        Raises ModelError for values out of range.
+        `do_sample` a temperature in the file counts. Where the file has no temperature, it is 1 if
+        `do_sample` is true and greedy otherwise. `max_new_tokens` is taken, `max_length` is not: it is
+        Transformers' own default. Raises ModelError for values out of range.
         """
         values: dict[str, Any] = {}
         if config.get("top_k") == -1:  # some files say "off" this way

@@ -185,6 +185,11 @@ class NativeExecutor:
         )
 
     @property
+    def pool(self) -> _native.Pool:
+        """The threads that run a step."""
+        return self._pool
+
+    @property
     def threads(self) -> int:
         """Threads that run a step."""
         return int(self._pool.threads)
