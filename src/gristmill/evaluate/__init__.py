@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gristmill.evaluate.compare import compare, run
 from gristmill.evaluate.greedy import Divergence, audit_greedy
+from gristmill.evaluate.measure import compare, run
 from gristmill.evaluate.metrics import Quality
 from gristmill.evaluate.tables import render
 
