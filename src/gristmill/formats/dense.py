@@ -34,8 +34,8 @@ def spec(shape: tuple[int, int], format: str) -> PackedSpec:
 def pack(values: NDArray[Any], format: str) -> Packed:
     """Packs [N, K] values.
 
-    `format` "f32" takes float32, "f16" float16, "bf16" either bfloat16 bits (uint16) or float32, which is rounded to
-    nearest even.
+    `format` "f32" takes float32, "f16" float16, "bf16" either bfloat16 bits (uint16) or float32, which is
+    rounded to nearest even.
     """
     n, k = values.shape
     result = spec((n, k), format)
@@ -48,8 +48,8 @@ def pack(values: NDArray[Any], format: str) -> Packed:
         padded[:n, :k] = values
     padded = np.ascontiguousarray(padded)
     if format == "f32":
-        out = padded.reshape(result.blocks, ROWS, result.columns).transpose(0, 2, 1)
-        return Packed(result, {"values": np.ascontiguousarray(out)})
+        lanes = padded.reshape(result.blocks, ROWS, result.columns).transpose(0, 2, 1)
+        return Packed(result, {"values": np.ascontiguousarray(lanes)})
     pairs = padded.view(np.uint32).reshape(result.blocks, ROWS, result.columns // 2).transpose(0, 2, 1)
     out = np.ascontiguousarray(pairs).view(dtype).reshape(result.blocks, result.columns // 2, ROWS, 2)
     return Packed(result, {"values": out})
@@ -58,10 +58,7 @@ def pack(values: NDArray[Any], format: str) -> Packed:
 def unpack(packed: Packed) -> NDArray[Any]:
     """The stored values [N, K] in their own dtype (bf16 as uint16 bits)."""
     values, (n, k) = packed.arrays["values"], packed.shape
-    if packed.format == "f32":
-        rows = values.transpose(0, 2, 1)
-    else:
-        rows = values.transpose(0, 2, 1, 3)
+    rows = values.transpose(0, 2, 1) if packed.format == "f32" else values.transpose(0, 2, 1, 3)
     return np.ascontiguousarray(rows.reshape(packed.blocks * ROWS, packed.columns)[:n, :k])
 
 

@@ -1,7 +1,7 @@
 """GGUF's tensor types, and their blocks taken apart into group integers without loss.
 
-Each quantised type becomes codes, scales and perhaps mins so that scale * (code - offset) + min, rounded once to
-float32, is what GGUF's own dequantisation gives:
+Each quantised type becomes codes, scales and perhaps mins so that scale * (code - offset) + min, rounded once
+to float32, is what GGUF's own dequantisation gives:
 
 ==========  ====  =====  ======  ============================  ==========================
 type        bits  group  offset  scale                         min
@@ -18,8 +18,8 @@ Q5_K         8     32      0     d * sc (f32, sc 6 bits)       -dmin * m (f32, m
 Q6_K         8     16     32     d * sc (f32, sc 8 bits)
 ==========  ====  =====  ======  ============================  ==========================
 
-The products d * sc have at most 11 + 7 significant bits, so float32 holds them exactly. Bit layouts follow the
-block structures in ggml's sources (ggml-common.h).
+The products d * sc have at most 11 + 7 significant bits, so float32 holds them exactly. Bit layouts follow
+the block structures in ggml's sources (ggml-common.h).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GgufType:
         """The packed form that a matrix [N, K] of this type is kept in."""
         if self.split is None:
             return dense.spec(shape, self.name.lower())
-        return group_int.spec(shape, self.bits, self.group, self.offset, self.scales, self.mins)
+        return group_int.spec(shape, self.bits, self.group, self.offset, scales=self.scales, mins=self.mins)
 
     def pack(self, rows: Bytes, k: int) -> Packed:
         """Packs rows [R, bytes of K values] as they lie in the file."""
@@ -81,7 +81,7 @@ def _half(field: Bytes) -> NDArray[np.float16]:
 
 
 def _nibbles(field: Bytes) -> Bytes:
-    """[R, B, s, w] bytes -> [R, B, s, 2, w]: the low nibbles of s runs of w bytes, each followed by its high ones."""
+    """[R, B, s, w] bytes -> [R, B, s, 2, w]: the low nibbles of each of s runs, then its high ones."""
     out = np.empty((*field.shape[:-1], 2, field.shape[-1]), np.uint8)
     np.bitwise_and(field, 15, out=out[..., 0, :])
     np.right_shift(field, 4, out=out[..., 1, :])
@@ -200,9 +200,9 @@ TYPES: dict[int, GgufType] = {
 
 OTHER_NAMES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 """Types known by name only, to say what a file that is refused holds."""
 

@@ -26,7 +26,7 @@ _INT4_DIVISORS = tuple(-8.9 + 0.3 * i for i in range(10)) + tuple(5.5 + 0.3 * i 
 
 
 def spec(
-    shape: tuple[int, int], bits: int, group: int, offset: int, scales: str = "f16", mins: bool = False
+    shape: tuple[int, int], bits: int, group: int, offset: int, *, scales: str = "f16", mins: bool = False
 ) -> PackedSpec:
     """The spec of a group-integer matrix; `group` 0 means the whole row."""
     return PackedSpec("group_int", shape, bits, group or round_up(shape[1], 8), offset, scales, mins)
@@ -43,7 +43,8 @@ def pack(
 ) -> Packed:
     """Packs codes [N, K] with scales, and mins if any, [N, G] (both float16 or both float32)."""
     n, k = codes.shape
-    result = spec((n, k), bits, group, offset, "f16" if scales.dtype == np.float16 else "f32", mins is not None)
+    kind = "f16" if scales.dtype == np.float16 else "f32"
+    result = spec((n, k), bits, group, offset, scales=kind, mins=mins is not None)
     rows, columns = result.blocks * ROWS, result.columns
     if (n, k) != (rows, columns):
         padded = np.full((rows, columns), offset, np.uint8)
@@ -131,9 +132,9 @@ def _decode(packed: Packed, dtype: Any) -> NDArray[Any]:
 def quantise(values: NDArray[np.float32], bits: int) -> Packed:
     """Rounds a finite matrix [N, K] to symmetric group integers with float16 scales.
 
-    4 bits: groups of 32, codes -8..7 around the offset 8; each group's scale is searched for the least squared
-    error, then refitted to its codes by least squares. 8 bits: groups of 64, codes -127..127 around the offset 128,
-    scale = max|x| / 127. Deterministic.
+    4 bits: groups of 32, codes -8..7 around the offset 8; each group's scale is searched for the least
+    squared error, then refitted to its codes by least squares. 8 bits: groups of 64, codes -127..127 around
+    the offset 128, scale = max|x| / 127. Deterministic.
     """
     if bits not in (4, 8):
         raise ValueError(f"quantise makes 4- or 8-bit codes, not {bits}")
@@ -154,7 +155,8 @@ def quantise(values: NDArray[np.float32], bits: int) -> Packed:
 def _group_columns(
     values: NDArray[np.float32], group: int, chunk: int = 2048
 ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-    """Yields (start, stop, x [group, stop - start]): groups numbered row by row, zeros in a ragged last group.
+    """Yields (start, stop, x [group, stop - start]): groups numbered row by row, zeros in a ragged last
+    group.
 
     Groups lie in columns, so that sums over a group add whole vectors; a chunk stays in the level-2 cache.
     """
@@ -185,8 +187,8 @@ def _inverse(scale: NDArray[np.float32]) -> NDArray[np.float32]:
 def _search_int4(x: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """Scales [n] and codes [32, n] (without the offset) of the groups in the columns of x [32, n].
 
-    For codes q the best scale is sum(xq) / sum(qq) and leaves sum(xx) - sum(xq)^2 / sum(qq); the candidate with the
-    largest second term wins. The first of equals is kept.
+    For codes q the best scale is sum(xq) / sum(qq) and leaves sum(xx) - sum(xq)^2 / sum(qq); the candidate
+    with the largest second term wins. The first of equals is kept.
     """
     size = np.abs(x)
     peak = np.take_along_axis(x, size.argmax(axis=0)[None], axis=0)[0]

@@ -1,16 +1,18 @@
 """The packed matrix: what a weight of N output rows and K input columns looks like to kernels and files.
 
-Layout "rows16", version 1. Sixteen output rows are interleaved, so that one vector register holds the same column of
-sixteen rows. With nb = ceil(N / 16) and Kp = the padded columns:
+Layout "rows16", version 1. Sixteen output rows are interleaved, so that one vector register holds the same
+column of sixteen rows. With nb = ceil(N / 16) and Kp = the padded columns:
 
-- group integer, 8 bits: codes uint8 [nb, Kp/4, 16, 4]; byte j of lane r is row r, column 4*b + j of the block.
-- group integer, 4 bits: codes uint8 [nb, Kp/8, 16, 4]; the low nibble is column 8*b + j, the high one 8*b + 4 + j.
+- group integer, 8 bits: codes uint8 [nb, Kp/4, 16, 4]; byte j of lane r is row r, column 4*b + j of the
+  block.
+- group integer, 4 bits: codes uint8 [nb, Kp/8, 16, 4]; the low nibble is column 8*b + j, the high one 8*b + 4
+  + j.
 - their scales, and mins if any: float16 or float32 [nb, G, 16], G groups of `group` columns, Kp = G * group.
   value = scale * (code - offset) + min.
 - dense bf16 and f16: [nb, Kp/2, 16, 2] (column pairs), f32: [nb, Kp, 16]; Kp = K rounded up to 8.
 
-Padding rows have scale 0 and min 0; padding columns have code == offset (or value 0), so that both add nothing to a
-product with activations that are zero in the padding.
+Padding rows have scale 0 and min 0; padding columns have code == offset (or value 0), so that both add
+nothing to a product with activations that are zero in the padding.
 """
 
 from __future__ import annotations
@@ -50,10 +52,10 @@ def round_up(value: int, multiple: int) -> int:
 class PackedSpec:
     """Everything about a packed matrix but its bytes.
 
-    `format` is "group_int", "f32", "bf16" or "f16"; `shape` is (N, K), unpadded. The other fields concern group_int
-    only: `bits` per code (4 or 8), `group` columns per scale (a multiple of 8; a whole row is K rounded up to 8),
-    `offset` subtracted from a code, `scales` ("f16" or "f32", the dtype of scales and mins), `mins` whether there
-    are minimums.
+    `format` is "group_int", "f32", "bf16" or "f16"; `shape` is (N, K), unpadded. The other fields concern
+    group_int only: `bits` per code (4 or 8), `group` columns per scale (a multiple of 8; a whole row is K
+    rounded up to 8), `offset` subtracted from a code, `scales` ("f16" or "f32", the dtype of scales and
+    mins), `mins` whether there are minimums.
     """
 
     format: str
@@ -69,9 +71,11 @@ class PackedSpec:
         if not (0 < n <= _LIMIT and 0 < k <= _LIMIT):
             raise ModelError(f"a packed matrix of shape {n} x {k} is out of range")
         if self.format in DENSE:
+            if self.bits or self.group or self.offset or self.scales or self.mins:
+                raise ModelError(f"a matrix of {self.format} values has neither codes nor groups")
             return
         if self.format != "group_int":
-            raise ModelError(f"unknown tensor format {self.format!r}")
+            raise ModelError(f"unknown tensor format {self.format[:40]!r}")
         if self.bits not in (4, 8):
             raise ModelError(f"group_int codes have 4 or 8 bits, not {self.bits}")
         if not (8 <= self.group <= round_up(max(k, 8), 8) or 8 <= self.group <= 1024) or self.group % 8:
@@ -79,7 +83,7 @@ class PackedSpec:
         if not 0 <= self.offset < 1 << self.bits:
             raise ModelError(f"the offset {self.offset} does not fit {self.bits}-bit codes")
         if self.scales not in ("f16", "f32"):
-            raise ModelError(f"group_int scales are f16 or f32, not {self.scales!r}")
+            raise ModelError(f"group_int scales are f16 or f32, not {self.scales[:40]!r}")
 
     @property
     def blocks(self) -> int:
@@ -97,7 +101,7 @@ class PackedSpec:
         return self.groups * self.group if self.group else round_up(self.shape[1], 8)
 
     def arrays(self, blocks: int | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype name as in DTYPES, shape) of the arrays that hold `blocks` (default all) row blocks."""
+        """Name -> (dtype name as in DTYPES, shape) of the arrays; of `blocks` row blocks only, if given."""
         nb = self.blocks if blocks is None else blocks
         if self.format == "f32":
             return {"values": ("F32", (nb, self.columns, ROWS))}
@@ -132,21 +136,23 @@ class PackedSpec:
     @classmethod
     def from_json(cls, name: str, entry: object) -> PackedSpec:
         """Reads one entry of `quantization_config.tensors`; ModelError if it is not a valid one."""
+        where = repr(name[:100])
         if not isinstance(entry, dict):
-            raise ModelError(f"the format of tensor {name} is not an object")
+            raise ModelError(f"the format of tensor {where} is not an object")
         if entry.get("layout") != LAYOUT:
-            raise ModelError(f"tensor {name} has the unknown layout {entry.get('layout')!r}")
+            raise ModelError(f"tensor {where} has the unknown layout {str(entry.get('layout'))[:40]!r}")
         shape = entry.get("shape")
         if not isinstance(shape, list) or len(shape) != 2 or any(type(d) is not int for d in shape):
-            raise ModelError(f"tensor {name} has no valid shape in its format entry")
+            raise ModelError(f"tensor {where} has no valid shape in its format entry")
         numbers = {key: entry.get(key, 0) for key in ("bits", "group", "offset")}
-        if any(type(value) is not int for value in numbers.values()) or type(entry.get("mins", False)) is not bool:
-            raise ModelError(f"the format entry of tensor {name} is damaged")
+        mins = entry.get("mins", False)
+        if any(type(value) is not int for value in numbers.values()) or type(mins) is not bool:
+            raise ModelError(f"the format entry of tensor {where} is damaged")
         try:
             form, scales = str(entry.get("format")), str(entry.get("scales", ""))
-            return cls(form, (shape[0], shape[1]), **numbers, scales=scales, mins=entry.get("mins", False))
+            return cls(form, (shape[0], shape[1]), **numbers, scales=scales, mins=mins)
         except ModelError as error:
-            raise ModelError(f"tensor {name}: {error}") from None
+            raise ModelError(f"tensor {where}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +166,13 @@ class Packed:
         for name, (dtype, shape) in self.spec.arrays().items():
             array = self.arrays.get(name)
             if array is None or array.shape != shape or array.dtype != DTYPES[dtype]:
-                raise ModelError(f"a packed {self.spec.format} matrix lacks its array {name} of {dtype} {shape}")
+                raise ModelError(
+                    f"a packed {self.spec.format} matrix lacks its array {name} of {dtype} {shape}"
+                )
 
     @property
     def format(self) -> str:
-        """"group_int", "f32", "bf16" or "f16"."""
+        """One of "group_int", "f32", "bf16", "f16"."""
         return self.spec.format
 
     @property

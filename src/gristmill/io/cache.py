@@ -1,12 +1,14 @@
 """The cache of converted models: `$GRISTMILL_CACHE`, or the platform's cache directory.
 
-    sources/<key>.json        what a set of source files was known to contain: key of (path, size, mtime, inode)
-    checkpoints/<name>/       finished checkpoint directories, named by content hash, converter version and mode
-    locks/<name>.lock         one writer per checkpoint, across processes
-    downloads/                files fetched by `pull`
+    sources/<key>.json     content hash of a set of source files; the key is made of path, size, mtime, inode
+    checkpoints/<name>/    finished checkpoint directories, named by content hash, versions and weight mode
+    locks/<name>.lock      one writer per checkpoint, across processes
+    downloads/             files fetched by `pull`
+    hub/                   where a model of the Hugging Face hub was put
 
-A checkpoint is built in a hidden directory beside its place and renamed when complete, so that a directory that
-exists is whole; what a killed process left behind is removed by the next one that builds the same checkpoint.
+A checkpoint is built in a hidden directory beside its place and renamed when complete, so that a directory
+that exists is whole; what a killed process left behind is removed by the next one that builds the same
+checkpoint.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gristmill.errors import GristmillError, ModelError
+
+_READ = 1 << 22
+"""Bytes read at a time for a content hash."""
 
 
 def root() -> Path:
@@ -37,12 +42,14 @@ def root() -> Path:
 def storage_error(error: OSError, doing: str) -> GristmillError:
     """One line for a failed write: what was being done, where, why, and what helps."""
     reason = error.strerror or str(error)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reason += "; GRISTMILL_CACHE can name another directory"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = root()
         while not place.exists() and place != place.parent:
             place = place.parent
         free = shutil.disk_usage(place).free >> 20
-        reason = f"no room left ({free} MB free in {root()}; free some, run `gristmill pull --prune`, or set GRISTMILL_CACHE)"
+        reason = f"no room left ({free} MB free in {root()}; set GRISTMILL_CACHE to a directory with more)"
     return GristmillError(f"{doing} failed: {reason}")
 
 
@@ -56,7 +63,8 @@ def _stat_line(path: Path) -> str:
 
 def source_key(paths: Sequence[Path]) -> str:
     """A key of the files' paths, sizes, modification times and inodes."""
-    return hashlib.sha256("\n".join(_stat_line(path) for path in paths).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    text = "\n".join(_stat_line(path) for path in paths)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def recall(key: str) -> str | None:
@@ -70,7 +78,7 @@ def recall(key: str) -> str | None:
 
 
 def remember(key: str, content: str, paths: Sequence[Path]) -> None:
-    """Remembers that the files with this key have this content hash. GristmillError if it cannot be written."""
+    """Remembers the content hash of the files with this key. GristmillError if it cannot be written."""
     target = root() / "sources" / f"{key}.json"
     text = json.dumps({"content": content, "files": [str(path) for path in paths]}, indent=1)
     partial = target.with_name(f".{key}.{uuid.uuid4().hex}")
@@ -84,16 +92,26 @@ def remember(key: str, content: str, paths: Sequence[Path]) -> None:
         raise storage_error(error, f"writing the cache in {root()}") from None
 
 
-def content_hash(paths: Sequence[Path]) -> str:
-    """A hash of the files' names and bytes (32 hexadecimal digits). ModelError if one cannot be read."""
-    total = hashlib.sha256()
+def content_hash(paths: Sequence[Path], progress: Callable[[str, int, int], None] | None = None) -> str:
+    """A hash of the files' names and bytes (32 hexadecimal digits). ModelError if one cannot be read.
+
+    `progress` is called as `checkpoint.Progress` says, with bytes.
+    """
+    total, done = hashlib.sha256(), 0
+    size = sum(path.stat().st_size for path in paths if path.exists())
     for path in paths:
+        digest = hashlib.sha256()
         try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with open(path, "rb", buffering=0) as file:
+                while piece := file.read(_READ):
+                    digest.update(piece)
+                    done += len(piece)
+                    if progress:
+                        progress("reading", min(done, size), size)
         except OSError as error:
             raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
-        total.update(f"{path.name if len(paths) > 1 else ''}\0{digest}\n".encode("utf-8", "surrogateescape"))
+        name = path.name if len(paths) > 1 else ""
+        total.update(f"{name}\0{digest.hexdigest()}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()[:32]
 
 
@@ -103,41 +121,73 @@ def checkpoint_path(name: str) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(name: str, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of a checkpoint; yields False, at once, if it is taken and `wait` is off."""
     import fcntl
 
+    path = root() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        # Released by the system if the process dies.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            # Released by the system if the process dies.
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 @contextmanager
 def building(name: str) -> Iterator[Path | None]:
-    """Yields an empty directory to build the checkpoint `name` in, or None if it exists once the lock is held.
+    """Yields an empty directory to build the checkpoint `name` in, or None if it exists once the lock is
+    held.
 
-    On leaving normally the directory takes its place in one rename; on an exception it is removed. OSErrors of the
-    block become a one-line GristmillError.
+    On leaving normally the directory, on the disk in full, takes its place in one rename; on an exception it
+    is removed. OSErrors of the block become a one-line GristmillError.
     """
     target = checkpoint_path(name)
     partial = target.with_name(f".{name}.{os.getpid()}")
     try:
-        with _locked(root() / "locks" / f"{name}.lock"):
+        with _locked(name):
             if target.is_dir():
                 yield None
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
-            for stale in target.parent.glob(f".{name}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
+            _remove_leftovers(name)
             partial.mkdir()
             try:
                 yield partial
+                for file in (*partial.iterdir(), partial):
+                    _sync(file)
                 os.rename(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise storage_error(error, f"writing the converted model to {target.parent}") from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(name: str) -> None:
+    """Removes what killed processes left behind of the checkpoint `name`, whose lock is held."""
+    for stale in checkpoint_path(name).parent.glob(f".{name}.*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Removes what killed processes left behind, of every checkpoint that nobody is building now."""
+    base = root() / "checkpoints"
+    hidden = base.glob(".*") if base.is_dir() else []
+    for name in {path.name[1:].rpartition(".")[0] for path in hidden}:
+        with _locked(name, wait=False) as free:
+            if free:
+                _remove_leftovers(name)
 
 
 def entries() -> list[tuple[str, int]]:
@@ -148,7 +198,8 @@ def entries() -> list[tuple[str, int]]:
     result = []
     for directory in sorted(base.iterdir()):
         if directory.is_dir() and not directory.name.startswith("."):
-            result.append((directory.name, sum(file.stat().st_size for file in directory.iterdir() if file.is_file())))
+            files = [file for file in directory.iterdir() if file.is_file()]
+            result.append((directory.name, sum(file.stat().st_size for file in files)))
     return result
 
 
@@ -157,7 +208,7 @@ def remove(name: str) -> None:
     target = checkpoint_path(name)
     hidden = target.with_name(f".{name}.removed-{uuid.uuid4().hex}")
     try:
-        with _locked(root() / "locks" / f"{name}.lock"):
+        with _locked(name):
             os.rename(target, hidden)
             shutil.rmtree(hidden)
     except OSError as error:

@@ -1,17 +1,20 @@
 """Checkpoint directories: config.json, tokenizer files, model.safetensors, recipe.yaml, report.json.
 
-The config is a Hugging Face one; its `quantization_config` has `"quant_method": "gristmill"`, `"version": 1` and under
-`tensors` the format of every matrix (see `gristmill.formats.packed`). A matrix `x` is stored as `x.codes`, `x.scales`,
-`x.mins` or `x.values`; norms and biases are float32 vectors under their own names. report.json holds the bytes, the
-bits per weight, where the model came from, and a SHA-256 per stored array.
+The config is a Hugging Face one; its `quantization_config` has `"quant_method": "gristmill"`, `"version": 1`
+and under `tensors` the format of every matrix (see `gristmill.formats.packed`). A matrix `x` is stored as
+`x.codes`, `x.scales`, `x.mins` or `x.values`; norms and biases are float32 vectors under their own names.
+report.json holds the bytes, the bits per weight, where the model came from, and a SHA-256 per stored array.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +24,18 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats.packed import DTYPES, ROWS, Packed, PackedSpec
-from gristmill.io.expected import check_tensors, expected_tensors
+from gristmill.io.expected import Shapes, check_tensors, expected_tensors
 from gristmill.io.json_file import read_object
-from gristmill.io.safetensors import SafetensorsFile, Writer
+from gristmill.io.mapped import short
+from gristmill.io.safetensors import SafetensorsFile, Writer, byte_view
 
 VERSION = 1
 """Version of the directory's format."""
 WEIGHTS = "model.safetensors"
-_CHUNK = 1 << 22
-"""Weights converted at a time: bounds the memory of a conversion whatever the model's size."""
+_CHUNK = 1 << 20
+"""Weights of one piece: bounds the memory of a conversion whatever the model's size."""
+_WORKERS = 8
+"""Most pieces made at once."""
 
 
 class Progress(Protocol):
@@ -42,7 +48,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix to be written: `rows(start, stop)` gives these rows packed as `spec` says (start is a multiple of 16)."""
+    """A matrix to be written: `rows(start, stop)` gives these rows packed as `spec` says.
+
+    `start` is a multiple of 16. Pieces are asked for from several threads at once.
+    """
 
     spec: PackedSpec
     rows: Callable[[int, int], Packed]
@@ -61,7 +70,8 @@ Item = Matrix | Vector
 
 def dump_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object for people to read."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # In ASCII: a hostile config may hold characters that UTF-8 cannot express.
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write(
@@ -74,9 +84,10 @@ def write(
     progress: Progress | None = None,
     label: str = "converting",
 ) -> None:
-    """Writes config, weights, recipe and report into an existing directory, one piece of one tensor at a time.
+    """Writes config, weights, recipe and report into an existing directory.
 
-    Raises OSError when the disk is full; the caller removes the directory then.
+    Matrices are made in pieces, a few at a time on all processors, so that memory stays small. Raises OSError
+    when the disk is full; the caller removes the directory then.
     """
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     formats: dict[str, Any] = {}
@@ -89,21 +100,19 @@ def write(
                 layout[f"{name}.{part}"] = kind
     total = sum(prod(_shape(item)) for item in items.values())
     done = 0
-    hashes: dict[str, str] = {}
+    digests = {name: hashlib.sha256() for name in layout}
+    offsets = dict.fromkeys(layout, 0)
     with Writer(directory / WEIGHTS, layout) as out:
-        for name, item in items.items():
+        for weights, arrays in _pieces(items):
+            for name, array in arrays.items():
+                # Blocks are the outermost dimension of every array, so that pieces follow one another.
+                out.write(name, offsets[name], array)
+                digests[name].update(byte_view(array))
+                offsets[name] += array.nbytes
+            done += weights
             if progress:
                 progress(label, done, total)
-            if isinstance(item, Vector):
-                values = np.ascontiguousarray(item.values(), np.float32)
-                out.write(name, 0, values)
-                hashes[name] = hashlib.sha256(values.tobytes()).hexdigest()
-            else:
-                hashes |= _write_matrix(out, name, item, lambda rows: progress and progress(label, rows, total), done)
-            done += prod(_shape(item))
         out.sync()
-    if progress:
-        progress(label, total, total)
     quantization = {"quant_method": "gristmill", "version": VERSION, "tensors": formats}
     dump_json(directory / "config.json", {**config, "quantization_config": quantization})
     matrices = [item.spec for item in items.values() if isinstance(item, Matrix)]
@@ -111,6 +120,7 @@ def write(
         "bits_per_weight": 8 * sum(s.nbytes for s in matrices) / sum(prod(s.shape) for s in matrices),
         "weight_bytes": sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in layout.values()),
     }
+    hashes = {name: digest.hexdigest() for name, digest in digests.items()}
     dump_json(directory / "report.json", {"version": VERSION, **report, **figures, "sha256": hashes})
     (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
@@ -119,24 +129,48 @@ def _shape(item: Item) -> tuple[int, ...]:
     return item.spec.shape if isinstance(item, Matrix) else (item.length,)
 
 
-def _write_matrix(
-    out: Writer, name: str, item: Matrix, advance: Callable[[int], object], done: int
-) -> dict[str, str]:
-    """Writes one matrix in pieces of whole row blocks; returns array name -> SHA-256."""
-    n, k = item.spec.shape
-    step = max(_CHUNK // k // ROWS, 1) * ROWS
-    digests = {part: hashlib.sha256() for part in item.spec.arrays()}
-    offsets = dict.fromkeys(digests, 0)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        packed = item.rows(start, stop)
-        for part, array in packed.arrays.items():
-            # Blocks are the outermost dimension of every array, so that pieces follow one another.
-            out.write(f"{name}.{part}", offsets[part], array)
-            digests[part].update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
-            offsets[part] += array.nbytes
-        advance(done + stop * k)
-    return {f"{name}.{part}": digest.hexdigest() for part, digest in digests.items()}
+def _pieces(items: Mapping[str, Item]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    """Yields (weights in the piece, stored name -> array), in order; NumPy makes several pieces at once."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    def vector(name: str, item: Vector) -> tuple[int, dict[str, NDArray[Any]]]:
+        return item.length, {name: np.ascontiguousarray(item.values(), np.float32)}
+
+    def matrix(name: str, item: Matrix, start: int, stop: int) -> tuple[int, dict[str, NDArray[Any]]]:
+        arrays = item.rows(start, stop).arrays
+        return (stop - start) * item.spec.shape[1], {
+            f"{name}.{part}": array for part, array in arrays.items()
+        }
+
+    def jobs() -> Iterator[Callable[[], tuple[int, dict[str, NDArray[Any]]]]]:
+        for name, item in items.items():
+            if isinstance(item, Vector):
+                yield partial(vector, name, item)
+                continue
+            n, k = item.spec.shape
+            step = max(_CHUNK // k // ROWS, 1) * ROWS
+            for start in range(0, n, step):
+                yield partial(matrix, name, item, start, min(start + step, n))
+
+    workers = min(_processors(), _WORKERS)
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future[tuple[int, dict[str, NDArray[Any]]]]] = deque()
+    try:
+        for job in jobs():
+            pending.append(pool.submit(job))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,46 +185,50 @@ class Extent:
 class Checkpoint:
     """An open checkpoint directory. Arrays are read-only views of the mapped file: nothing is copied."""
 
-    def __init__(self, directory: Path, config: dict[str, Any], specs: dict[str, PackedSpec], file: SafetensorsFile):
+    def __init__(self, directory: Path) -> None:
+        """See `open`."""
         self.directory = directory
-        self.config = config
-        self.specs = specs
-        self._file = file
-        self._names = tuple(expected_tensors(config))
+        self.config = read_object(directory / "config.json")
+        self.specs = read_specs(directory, self.config)
+        self._file = SafetensorsFile(directory / WEIGHTS)
+        expected = expected_tensors(self.config)
+        self._names = tuple(expected)
+        self._check(expected)
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
-        """Opens and checks a directory: every format, shape, dtype and size against the config and the file's length.
+        """Opens a directory and checks every format, shape, dtype and size against config and file length.
 
         ModelError, one line, for whatever does not agree. Costs no memory beyond the headers.
         """
-        directory = Path(directory)
-        config = read_object(directory / "config.json")
-        specs = read_specs(directory, config)
-        file = SafetensorsFile(directory / WEIGHTS)
+        return cls(Path(directory))
+
+    def _check(self, expected: Shapes) -> None:
+        directory, specs, file = self.directory, self.specs, self._file
         found: dict[str, tuple[int, ...]] = {name: spec.shape for name, spec in specs.items()}
         stored = set(file.entries)
         for name, spec in specs.items():
             for part, (dtype, shape) in spec.arrays().items():
                 entry = file.entries.get(f"{name}.{part}")
                 if entry is None:
-                    raise ModelError(f"{file.path} lacks the tensor {name}.{part}")
+                    raise ModelError(f"{file.path} lacks the tensor {short(f'{name}.{part}')}")
                 if (entry.dtype, entry.shape) != (dtype, shape):
                     raise ModelError(
-                        f"{file.path}: {name}.{part} is {entry.dtype} {list(entry.shape)}; "
+                        f"{file.path}: {short(f'{name}.{part}')} is {entry.dtype} {list(entry.shape)}; "
                         f"its format calls for {dtype} {list(shape)}"
                     )
                 stored.discard(f"{name}.{part}")
         for name in stored:
             entry = file.entries[name]
             if entry.dtype != "F32" or len(entry.shape) != 1:
-                raise ModelError(f"{file.path}: {name[:100]!r} is neither a float32 vector nor part of a matrix")
+                raise ModelError(
+                    f"{file.path}: {short(name)} is neither a float32 vector nor part of a matrix"
+                )
             found[name] = entry.shape
-        check_tensors(str(directory), expected_tensors(config), found)
+        check_tensors(str(directory), expected, found)
         for name, shape in found.items():
             if (len(shape) == 2) != (name in specs):
                 raise ModelError(f"{directory}: the tensor {name} is stored as the wrong kind")
-        return cls(directory, config, specs, file)
 
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, matrices and vectors, in the order of the model's layers."""
@@ -204,10 +242,11 @@ class Checkpoint:
         return Packed(spec, {part: self._file.array(f"{name}.{part}") for part in spec.arrays()})
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """A norm's weight or a bias, as a view of the mapped file; ModelError if there is none of this name."""
+        """A norm's weight or a bias, as a view of the mapped file; ModelError if there is none."""
         if name in self.specs or name not in self._file.entries:
             raise ModelError(f"{self.directory} has no vector {name}")
-        return self._file.array(name)
+        values: NDArray[np.float32] = self._file.array(name)
+        return values
 
     def extents(self, name: str) -> dict[str, Extent]:
         """Where the stored arrays of a matrix (by part) or of a vector (under "values") lie in the file."""
@@ -242,9 +281,11 @@ class Checkpoint:
         if not isinstance(hashes, dict):
             raise ModelError(f"{self.directory / 'report.json'} holds no hashes to verify against")
         for name in self._file.entries:
-            digest = hashlib.sha256(self._file.array(name).view(np.uint8).reshape(-1).data).hexdigest()
+            digest = hashlib.sha256(byte_view(self._file.array(name))).hexdigest()
             if hashes.get(name) != digest:
-                raise ModelError(f"{self._file.path}: the tensor {name} is not what was written (SHA-256 differs)")
+                raise ModelError(
+                    f"{self._file.path}: the tensor {name} is not what was written (SHA-256 differs)"
+                )
         return len(self._file.entries)
 
 
@@ -255,7 +296,7 @@ def is_checkpoint(config: Mapping[str, Any]) -> bool:
 
 
 def read_specs(directory: Path, config: Mapping[str, Any]) -> dict[str, PackedSpec]:
-    """The formats of all matrices in a checkpoint's config; ModelError if it is not one or another version."""
+    """The formats of all matrices by name; ModelError for another kind or version of config."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "gristmill":
         raise ModelError(f"{directory} is not a gristmill checkpoint directory")

@@ -1,15 +1,15 @@
 """From any supported model to a checkpoint directory: once, into the cache.
 
-GGUF files and Hugging Face directories are converted losslessly ("stored"); the other weight modes are made from that
-and cached beside it. Everything streams: one piece of one tensor is in memory at a time.
+GGUF files and Hugging Face directories are converted losslessly ("stored"); the other weight modes are made
+from that and cached beside it. Everything streams: one piece of one tensor is in memory at a time.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,14 @@ from gristmill.formats.packed import Packed, PackedSpec, decode_f32
 from gristmill.io import cache, checkpoint, hub
 from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Progress, Vector
 from gristmill.io.expected import check_tensors, expected_tensors, model_type, tied
-from gristmill.io.gguf import GgufModel
-from gristmill.io.gguf_config import Source, float_values, translate
 from gristmill.io.hub import SIDE_FILES
 from gristmill.io.json_file import read_object
+from gristmill.io.mapped import read_small, short
 from gristmill.io.safetensors import SafetensorsFile
 from gristmill.version import __version__
+
+if TYPE_CHECKING:
+    from gristmill.io.gguf_config import Source
 
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 """The weight modes: as stored in the source, or converted."""
@@ -37,9 +39,9 @@ _SIDE_LIMIT = 64 << 20
 def prepare(spec: str | Path, weights: str = "stored", progress: Progress | None = None) -> Path:
     """The checkpoint directory of a model in a weight mode, converted into the cache if it is not there yet.
 
-    `spec` is what `hub.resolve` takes. A checkpoint directory in the mode "stored" is returned as it is. Safe with
-    several processes at once. Raises ModelError for a model that cannot be read and GristmillError when the cache
-    cannot be written; neither leaves anything half-made behind.
+    `spec` is what `hub.resolve` takes. A checkpoint directory in the mode "stored" is returned as it is. Safe
+    with several processes at once. Raises ModelError for a model that cannot be read and GristmillError when
+    the cache cannot be written; neither leaves anything half-made behind.
     """
     if weights not in WEIGHTS:
         raise UsageError(f"unknown weights {weights!r}: choose from {', '.join(WEIGHTS)}")
@@ -52,10 +54,8 @@ def prepare(spec: str | Path, weights: str = "stored", progress: Progress | None
         done = cache.checkpoint_path(_name(content, weights))
         if done.is_dir():
             return done
-    if progress:
-        progress("reading", 0, 1)
     if content is None:
-        content = cache.content_hash(source.files)
+        content = cache.content_hash(source.files, progress)
     if source.kind == "checkpoint":
         stored = source.path
     else:
@@ -86,21 +86,27 @@ def _import(source: hub.Source, directory: Path, progress: Progress | None) -> N
         import_huggingface(source.path, directory, progress)
 
 
-# ---- GGUF ------------------------------------------------------------------------------------------------------------
+# ---- GGUF --------------------------------------------------------------------------------------------------
 
 
 def import_gguf(paths: list[Path], directory: Path, progress: Progress | None = None) -> None:
     """Converts a GGUF model of one or several files into an existing, empty directory, losslessly."""
+    # Imported on use: a model that is in the cache already needs none of it.
+    from gristmill.io.gguf import GgufModel
+    from gristmill.io.gguf_config import translate
+    from gristmill.models import read_config
+
     model = GgufModel(paths)
     config, sources = translate(model)
+    read_config(config)
     expected = expected_tensors(config)
     zeros = _absent_biases(expected, sources)
-    found = {name: item.tensor.shape for name, item in sources.items()} | {name: expected[name] for name in zeros}
-    check_tensors(str(paths[0]), expected, found)
+    found = {name: item.tensor.shape for name, item in sources.items()}
+    check_tensors(str(paths[0]), expected, found | {name: expected[name] for name in zeros})
     items: dict[str, Item] = {}
     for name, shape in expected.items():
         if name in zeros:
-            items[name] = Vector(shape[0], lambda length=shape[0]: np.zeros(length, np.float32))
+            items[name] = Vector(shape[0], partial(_zeros, shape[0]))
         elif len(shape) == 2:
             items[name] = _gguf_matrix(sources[name])
         else:
@@ -122,7 +128,7 @@ def import_gguf(paths: list[Path], directory: Path, progress: Progress | None = 
 
 
 def _absent_biases(expected: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source]) -> set[str]:
-    """Biases that the config calls for but no layer has: a GGUF file leaves out those that are zero throughout.
+    """Biases that the config calls for but no layer has: a GGUF file leaves out those that are all zero.
 
     Only where a Hugging Face config has one switch for several biases; Qwen2's three must all be there.
     """
@@ -132,6 +138,10 @@ def _absent_biases(expected: Mapping[str, tuple[int, ...]], sources: Mapping[str
     if not any(name.endswith("o_proj.bias") or ".mlp." in name for name in biases):
         return set()
     return {name for name in biases if name.split(".")[-2] in switched and name.split(".")[-2] not in present}
+
+
+def _zeros(length: int) -> NDArray[np.float32]:
+    return np.zeros(length, np.float32)
 
 
 def _gguf_matrix(source: Source) -> Matrix:
@@ -147,6 +157,8 @@ def _gguf_matrix(source: Source) -> Matrix:
 
 
 def _gguf_vector(source: Source) -> Vector:
+    from gristmill.io.gguf_config import float_values
+
     def take() -> NDArray[np.float32]:
         values = float_values(source.tensor)
         order = source.row_order()
@@ -155,23 +167,24 @@ def _gguf_vector(source: Source) -> Vector:
     return Vector(source.tensor.shape[0], take)
 
 
-_SAMPLING = {
-    "general.sampling.temp": ("temperature", float, 0.0, 100.0),
-    "general.sampling.top_k": ("top_k", int, 0, 1 << 24),
-    "general.sampling.top_p": ("top_p", float, 0.0, 1.0),
-    "general.sampling.min_p": ("min_p", float, 0.0, 1.0),
-    "general.sampling.penalty_repeat": ("repetition_penalty", float, 0.01, 100.0),
+_SAMPLING: dict[str, tuple[str, float, float]] = {
+    "general.sampling.temp": ("temperature", 0.0, 100.0),
+    "general.sampling.top_k": ("top_k", 0, 1 << 24),
+    "general.sampling.top_p": ("top_p", 0.0, 1.0),
+    "general.sampling.min_p": ("min_p", 0.0, 1.0),
+    "general.sampling.penalty_repeat": ("repetition_penalty", 0.01, 100.0),
 }
+"""Sampling defaults in GGUF metadata: the name in generation_config.json, least and largest value."""
 
 
 def _write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Writes the tokenizer's files, if the GGUF file has a tokenizer, and returns the generation defaults."""
     result: dict[str, Any] = {}
-    for key, (name, kind, low, high) in _SAMPLING.items():
+    for key, (name, low, high) in _SAMPLING.items():
         value = metadata.get(key)
-        # The metadata is float32; its shortest decimal form is what was meant.
-        if type(value) in (int, float) and low <= value <= high:
-            result[name] = kind(str(np.float32(value))) if kind is float else int(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
+            # The metadata is float32; its shortest decimal form is what was meant.
+            result[name] = int(value) if name == "top_k" else float(str(np.float32(value)))
     if "tokenizer.ggml.model" not in metadata:
         return result
     from gristmill.io.gguf_tokenizer import convert_tokenizer
@@ -189,7 +202,7 @@ def _write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> dict[str, 
     return result
 
 
-# ---- Hugging Face directories ----------------------------------------------------------------------------------------
+# ---- Hugging Face directories ------------------------------------------------------------------------------
 
 _DTYPES = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -198,15 +211,19 @@ _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 def import_huggingface(path: Path, directory: Path, progress: Progress | None = None) -> None:
     """Converts a Hugging Face directory (config.json and safetensors) into an existing, empty directory.
 
-    Matrices stay in the dtype they are stored in, norms and biases become float32. A quantised model is refused by
-    the name of its method.
+    Matrices stay in the dtype they are stored in, norms and biases become float32. A quantised model is
+    refused by the name of its method.
     """
+    from gristmill.models import read_config
+
     config = read_object(path / "config.json")
     prefixes = {"": ""}
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise ModelError(f"{path} is quantised with {str(method)[:60]!r} (quantization_config), which cannot be read yet")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(
+            f"{path} is quantised with {short(method)} (quantization_config), which cannot be read yet"
+        )
     if config.get("model_type") == "gemma3":
         config, prefixes = _gemma_text(config), {"language_model.": "", "model.language_model.": "model."}
     kind = model_type(config)
@@ -219,25 +236,23 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
             if name is None or (name == "lm_head.weight" and tied(config)):
                 continue
             if name in table:
-                raise ModelError(f"{path}: the tensor {name} occurs twice")
+                raise ModelError(f"{path}: the tensor {short(name)} occurs twice")
             table[name], inner[name] = file, stored
+    read_config(config)
     expected = expected_tensors(config)
-    check_tensors(str(path), expected, {name: file.entries[inner[name]].shape for name, file in table.items()})
+    found = {name: file.entries[inner[name]].shape for name, file in table.items()}
+    check_tensors(str(path), expected, found)
     items: dict[str, Item] = {}
     for name, shape in expected.items():
-        file, stored = table[name], inner[name]
-        dtype = file.entries[stored].dtype
+        dtype = table[name].entries[inner[name]].dtype
         if dtype not in _DTYPES:
-            raise ModelError(f"{path}: the tensor {name} has the dtype {dtype}; F32, BF16 and F16 can be read")
+            raise ModelError(f"{path}: the tensor {name} is {dtype}; F32, BF16 and F16 can be read")
+        array = table[name].array(inner[name])
         if len(shape) == 2:
-            items[name] = _dense_matrix(file.array(stored), _DTYPES[dtype])
+            items[name] = _dense_matrix(array, _DTYPES[dtype])
         else:
-            items[name] = Vector(shape[0], lambda f=file, s=stored, d=dtype: _float32(f.array(s), d))
-    for name in SIDE_FILES:
-        if (path / name).is_file():
-            if (path / name).stat().st_size > _SIDE_LIMIT:
-                raise ModelError(f"{path / name} is larger than the {_SIDE_LIMIT >> 20} MB that such a file may have")
-            shutil.copyfile(path / name, directory / name)
+            items[name] = Vector(shape[0], partial(_float32, array, dtype))
+    _copy_sides(path, directory)
     report = {
         "model": path.name,
         "weights": "stored",
@@ -247,13 +262,20 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
     checkpoint.write(directory, config, items, report=report, recipe=_recipe("stored"), progress=progress)
 
 
+def _copy_sides(source: Path, directory: Path) -> None:
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            (directory / name).write_bytes(read_small(source / name, _SIDE_LIMIT))
+
+
 def _gemma_text(config: dict[str, Any]) -> dict[str, Any]:
     """The text part of a Gemma 3 config that also describes a vision tower."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         raise ModelError("the config of a gemma3 model has no text_config")
     result = {**text, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-    for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype"):
+    shared = ["eos_token_id", "bos_token_id", "pad_token_id"]
+    for key in (*shared, "tie_word_embeddings", "dtype", "torch_dtype"):
         if key in config:
             result.setdefault(key, config[key])
     return result
@@ -278,7 +300,7 @@ def _dense_matrix(values: NDArray[Any], form: str) -> Matrix:
     return Matrix(dense.spec((n, k), form), lambda start, stop: dense.pack(values[start:stop], form))
 
 
-# ---- weight modes ----------------------------------------------------------------------------------------------------
+# ---- weight modes ------------------------------------------------------------------------------------------
 
 
 def target_spec(spec: PackedSpec, weights: str) -> PackedSpec:
@@ -287,7 +309,9 @@ def target_spec(spec: PackedSpec, weights: str) -> PackedSpec:
         return dense.spec(spec.shape, weights)
     bits = {"int8": 8, "int4": 4}[weights]
     group, offset = (
-        (group_int.INT4_GROUP, group_int.INT4_OFFSET) if bits == 4 else (group_int.INT8_GROUP, group_int.INT8_OFFSET)
+        (group_int.INT4_GROUP, group_int.INT4_OFFSET)
+        if bits == 4
+        else (group_int.INT8_GROUP, group_int.INT8_OFFSET)
     )
     return group_int.spec(spec.shape, bits, group, offset)
 
@@ -312,19 +336,23 @@ def _requantise(stored: Path, directory: Path, weights: str, progress: Progress 
         spec = source.specs.get(name)
         if spec is None:
             vector = source.vector(name)
-            items[name] = Vector(len(vector), lambda values=vector: values)
+            items[name] = Vector(len(vector), partial(np.asarray, vector))
         else:
             items[name] = Matrix(target_spec(spec, weights), _converter(source, name, weights))
-    for file in SIDE_FILES:
-        if (stored / file).is_file():
-            shutil.copyfile(stored / file, directory / file)
+    _copy_sides(stored, directory)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     report = read_object(stored / "report.json") if (stored / "report.json").is_file() else {}
-    kept = {key: report[key] for key in ("model", "source") if key in report}
+    kept: dict[str, Any] = {key: report[key] for key in ("model", "source") if key in report}
     kept.setdefault("model", stored.name)
     kept |= {"weights": weights, "gristmill": __version__}
     checkpoint.write(
-        directory, config, items, report=kept, recipe=_recipe(weights), progress=progress, label=f"converting to {weights}"
+        directory,
+        config,
+        items,
+        report=kept,
+        recipe=_recipe(weights),
+        progress=progress,
+        label=f"converting to {weights}",
     )
 
 

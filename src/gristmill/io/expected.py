@@ -1,7 +1,7 @@
 """Which tensors a config calls for, with their shapes: what a model's files are checked against.
 
-One place for every reader: a GGUF import, a Hugging Face directory and a checkpoint directory must all hold exactly
-these (Hugging Face names; matrices as (rows, columns) = (outputs, inputs)).
+One place for every reader: a GGUF import, a Hugging Face directory and a checkpoint directory must all hold
+exactly these (Hugging Face names; matrices as (rows, columns) = (outputs, inputs)).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 
 def expected_tensors(config: Mapping[str, Any]) -> Shapes:
-    """Name -> shape of every tensor of the model, in the order of its layers. ModelError if the config is damaged."""
+    """Name -> shape of every tensor of the model, in layer order. ModelError if the config is damaged."""
     kind = model_type(config)
     hidden, inner = integer(config, "hidden_size"), integer(config, "intermediate_size")
     layers, vocab = integer(config, "num_hidden_layers", limit=4096), integer(config, "vocab_size")
@@ -64,8 +64,10 @@ def expected_tensors(config: Mapping[str, Any]) -> Shapes:
     kv_heads = integer(config, "num_key_value_heads", heads, limit=1 << 16)
     head = integer(config, "head_dim", 256 if kind == "gemma3_text" else hidden // heads, limit=1 << 16)
     if heads % kv_heads:
-        raise ModelError(f"the config's {heads} attention heads are no multiple of its {kv_heads} key-value heads")
-    bias = kind == "qwen2" or flag(config, "attention_bias") and kind != "mistral"
+        raise ModelError(
+            f"the config's {heads} attention heads are no multiple of its {kv_heads} key-value heads"
+        )
+    bias = kind == "qwen2" or (kind != "mistral" and flag(config, "attention_bias"))
     mlp_bias = kind == "llama" and flag(config, "mlp_bias")
 
     result: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -99,7 +101,7 @@ def expected_tensors(config: Mapping[str, Any]) -> Shapes:
 
 
 def check_tensors(where: str, expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares what a model's files hold with what its config calls for; ModelError names the first difference."""
+    """Compares a model's tensors with what its config calls for; ModelError names the first difference."""
     missing = [name for name in expected if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -109,4 +111,6 @@ def check_tensors(where: str, expected: Shapes, found: Mapping[str, tuple[int, .
         if wanted is None:
             raise ModelError(f"{where} has the tensor {name[:100]!r}, which its architecture does not know")
         if shape != wanted:
-            raise ModelError(f"{where}: the tensor {name} has the shape {list(shape)}; its config calls for {list(wanted)}")
+            raise ModelError(
+                f"{where}: the tensor {name} has the shape {list(shape)}; its config calls for {list(wanted)}"
+            )

@@ -1,7 +1,7 @@
 """GGUF files, single or split: metadata, and tensors as mapped bytes. Nothing in the file is trusted.
 
-Versions 2 and 3, little-endian: "GGUF", u32 version, u64 tensors, u64 key-value pairs, the pairs, the tensor infos,
-padding to general.alignment, data.
+Versions 2 and 3, little-endian: "GGUF", u32 version, u64 tensors, u64 key-value pairs, the pairs, the tensor
+infos, padding to general.alignment, data.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats.gguf_blocks import OTHER_NAMES, REMOVED, TYPES, GgufType
-from gristmill.io.mapped import map_file
+from gristmill.io.mapped import map_file, short
 
 MAGIC = b"GGUF"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: dict[int, str] = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
+    10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 _ELEMENT_LIMIT = 1 << 22
-"""Array elements in all metadata together; the largest vocabularies have about 2^18 tokens and as many merges."""
+"""Array elements in all metadata together; the largest vocabularies have about 2^18 tokens and as many
+merges."""
+_KEY_LIMIT, _TENSOR_LIMIT = 1 << 16, 1 << 20
+"""Far above what models have; they bound the memory of parsing, which a count that fits a huge file does
+not."""
 _SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -52,7 +57,7 @@ class GgufFile:
         self.path = path
         self._data = map_file(path)
         self._size = len(self._data)
-        self._bytes = memoryview(self._data)
+        self._bytes = self._data.data
         self._at = 0
         self._elements = 0
         self.metadata: dict[str, Any] = {}
@@ -76,11 +81,13 @@ class GgufFile:
     def _u64(self) -> int:
         return int.from_bytes(self._take(8), "little")
 
-    def _count(self, what: str, least: int) -> int:
-        """A count of items that take at least `least` bytes each."""
+    def _count(self, what: str, least: int, limit: int) -> int:
+        """A count of items that take at least `least` bytes each, at most `limit`."""
         count = self._u64()
         if count > (self._size - self._at) // least:
             raise self._fail(f"damaged: {count} {what} cannot fit in the file's {self._size} bytes")
+        if count > limit:
+            raise self._fail(f"{count} {what}; at most {limit} are accepted")
         return count
 
     def _string(self, what: str) -> str:
@@ -100,8 +107,8 @@ class GgufFile:
             raise self._fail("a big-endian GGUF file, which is not supported")
         if version not in (2, 3):
             raise self._fail(f"GGUF version {version} is not supported (2 and 3 are)")
-        tensors = self._count("tensors", 24)
-        pairs = self._count("metadata keys", 13)
+        tensors = self._count("tensors", 24, _TENSOR_LIMIT)
+        pairs = self._count("metadata keys", 13, _KEY_LIMIT)
         for _ in range(pairs):
             key = self._string("a metadata key")
             if key in self.metadata:
@@ -121,10 +128,8 @@ class GgufFile:
         if kind == _ARRAY:
             raise self._fail(f"the metadata key {key[:80]!r} holds nested arrays, which are not supported")
         least = 8 if kind == _STRING else np.dtype(_SCALARS.get(kind, "<u1")).itemsize
-        count = self._count(f"elements of {key[:80]!r}", least)
+        count = self._count(f"elements of {key[:80]!r}", least, _ELEMENT_LIMIT - self._elements)
         self._elements += count
-        if self._elements > _ELEMENT_LIMIT:
-            raise self._fail(f"more than {_ELEMENT_LIMIT} metadata array elements, at key {key[:80]!r}")
         if kind != _STRING:
             return self._numbers(key, kind, count)
         result, data, at, size = [], self._bytes, self._at, self._size
@@ -147,17 +152,18 @@ class GgufFile:
         if kind not in _SCALARS:
             raise self._fail(f"the metadata key {key[:80]!r} has the unknown value type {kind}")
         dtype = np.dtype(_SCALARS[kind])
-        values = np.frombuffer(self._take(count * dtype.itemsize), dtype)
+        values: NDArray[Any] = np.frombuffer(self._take(count * dtype.itemsize), dtype)
         if kind == _BOOL:
             if (values > 1).any():
                 raise self._fail(f"damaged: a truth value of {key[:80]!r} is neither 0 nor 1")
-            return (values != 0).tolist()
-        return values.tolist()
+            values = values != 0
+        result: list[Any] = values.tolist()
+        return result
 
     def _read_tensors(self, count: int) -> None:
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment % 8:
-            raise self._fail(f"the alignment {alignment!r} is not a multiple of 8")
+            raise self._fail(f"the alignment {short(alignment)} is not a multiple of 8")
         infos: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(count):
             name = self._string("a tensor name")
@@ -165,13 +171,16 @@ class GgufFile:
                 raise self._fail(f"damaged: a tensor name of {len(name)} characters")
             rank = self._u32()
             if not 1 <= rank <= 4:
-                raise self._fail(f"damaged: tensor {name!r} has {rank} dimensions")
+                raise self._fail(f"damaged: the tensor {name!r} has {rank} dimensions")
             shape = tuple(self._u64() for _ in range(rank))[::-1]
-            infos.append((name, shape, self._u32(), self._u64()))
+            kind, offset = self._u32(), self._u64()
+            if offset % alignment:
+                raise self._fail(f"damaged: the tensor {name!r} is not aligned to {alignment} bytes")
+            infos.append((name, shape, kind, offset))
         base = self._at + -self._at % alignment
         spans: list[tuple[int, int, str]] = []
         for name, shape, kind, offset in infos:
-            tensor = self._tensor(name, shape, kind, offset, base, alignment)
+            tensor = self._tensor(name, shape, kind, base + offset)
             if name in self.tensors:
                 raise self._fail(f"damaged: the tensor {name!r} occurs twice")
             self.tensors[name] = tensor
@@ -182,9 +191,7 @@ class GgufFile:
                 raise self._fail(f"damaged: the tensor {name!r} overlaps another")
             end = stop
 
-    def _tensor(
-        self, name: str, shape: tuple[int, ...], kind: int, offset: int, base: int, alignment: int
-    ) -> TensorInfo:
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> TensorInfo:
         if kind not in TYPES:
             known = f"{OTHER_NAMES[kind]} ({kind})" if kind in OTHER_NAMES else f"number {kind}"
             state = "withdrawn from the GGUF format" if kind in REMOVED else "not supported"
@@ -193,15 +200,15 @@ class GgufFile:
         if 0 in shape:
             raise self._fail(f"damaged: the tensor {name!r} has an empty shape")
         if shape[-1] % ggml.block:
-            raise self._fail(f"the rows of {name!r} have {shape[-1]} columns, no multiple of {ggml.name}'s {ggml.block}")
-        if offset % alignment:
-            raise self._fail(f"damaged: the tensor {name!r} is not aligned to {alignment} bytes")
-        nbytes = prod(shape) // ggml.block * ggml.nbytes
-        if base + offset + nbytes > self._size:
             raise self._fail(
-                f"truncated: the tensor {name!r} needs {nbytes} bytes at {base + offset}; the file has {self._size}"
+                f"the rows of {name!r} have {shape[-1]} columns, no multiple of {ggml.name}'s {ggml.block}"
             )
-        return TensorInfo(name, shape, ggml, self._data[base + offset : base + offset + nbytes])
+        nbytes = prod(shape) // ggml.block * ggml.nbytes
+        if begin + nbytes > self._size:
+            raise self._fail(
+                f"truncated: the tensor {name!r} needs {nbytes} bytes at {begin}; the file has {self._size}"
+            )
+        return TensorInfo(name, shape, ggml, self._data[begin : begin + nbytes])
 
 
 def split_paths(path: Path) -> list[Path]:
@@ -234,13 +241,18 @@ class GgufModel:
         for index, file in enumerate(files):
             declared = file.metadata.get("split.count", 0) or 1
             if declared != len(paths):
-                raise ModelError(f"{file.path} says it is one of {declared} parts; there are {len(paths)} by name")
-            if file.metadata.get("split.no", 0) != index:
-                raise ModelError(f"{file.path} says it is part number {file.metadata.get('split.no')}, not {index}")
+                raise ModelError(
+                    f"{file.path} says it is one of {short(declared)} parts; by name there are {len(paths)}"
+                )
+            number = file.metadata.get("split.no", 0)
+            if number != index:
+                raise ModelError(f"{file.path} says it is part {short(number)}, counted from 0, not {index}")
             for name, tensor in file.tensors.items():
                 if name in self.tensors:
                     raise ModelError(f"{file.path}: the tensor {name!r} occurs in two parts")
                 self.tensors[name] = tensor
         total = self.metadata.get("split.tensors.count", len(self.tensors))
         if total != len(self.tensors):
-            raise ModelError(f"{paths[0]} declares {total} tensors; the parts hold {len(self.tensors)}")
+            raise ModelError(
+                f"{paths[0]} declares {short(total)} tensors; the parts hold {len(self.tensors)}"
+            )

@@ -1,8 +1,8 @@
 """GGUF metadata and tensor names translated into a Hugging Face config and Hugging Face names.
 
-What llama.cpp's converter does to a model is undone here: q and k rows of the "llama" architecture are stored for
-adjacent-pair rotation and are put back into half-split order; Gemma's norm weights are stored with 1 added, which is
-subtracted; the Llama-3 frequency factors in `rope_freqs.weight` become a rope_scaling entry.
+What llama.cpp's converter does to a model is undone here: q and k rows of the "llama" architecture are stored
+for adjacent-pair rotation and are put back into half-split order; Gemma's norm weights are stored with 1
+added, which is subtracted; the Llama-3 frequency factors in `rope_freqs.weight` become a rope_scaling entry.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Source:
 
     tensor: TensorInfo
     heads: int = 0
-    """If not 0, rows lie in adjacent pairs within each of so many heads and must be put in half-split order."""
+    """If not 0, each of so many heads has its rows in adjacent pairs, to be put in half-split order."""
     subtract: float = 0.0
 
     def row_order(self) -> NDArray[np.intp] | None:
@@ -75,9 +75,10 @@ class Source:
 
 
 def half_split_order(rows: int, heads: int) -> NDArray[np.intp]:
-    """For each row in half-split order its row in adjacent-pair order: the inverse of the converter's permutation.
+    """For each row in half-split order its row in adjacent-pair order: undoes the converter's permutation.
 
-    A head's rows (0, 1), (2, 3), … are the pairs that rotate together; half-split puts the first of each pair first.
+    A head's rows (0, 1), (2, 3), … are the pairs that rotate together; half-split puts the first of each pair
+    first.
     """
     half = rows // heads // 2
     return np.arange(rows, dtype=np.intp).reshape(heads, half, 2).transpose(0, 2, 1).reshape(rows)
@@ -119,7 +120,7 @@ class _Keys:
 
 
 def translate(model: GgufModel) -> tuple[dict[str, Any], dict[str, Source]]:
-    """The config and, by Hugging Face name, the sources of all tensors. ModelError names what is not supported."""
+    """The config, and by Hugging Face name the sources of all tensors. ModelError if unsupported."""
     architecture = model.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelError(f"{model.paths[0]}: the metadata lacks general.architecture")
@@ -141,7 +142,9 @@ def _config(model: GgufModel, keys: _Keys) -> dict[str, Any]:
     rope_dim = keys.integer("rope.dimension_count", 0) if keys.get("rope.dimension_count") is not None else 0
     head = keys.integer("attention.key_length", rope_dim or hidden // heads, limit=1 << 16)
     if keys.integer("attention.value_length", head) != head:
-        raise ModelError(f"{architecture}.attention.value_length differs from the keys' {head}, which is not supported")
+        raise ModelError(
+            f"{architecture}.attention.value_length differs from the keys' {head}, which is not supported"
+        )
     if rope_dim not in (0, head):
         raise ModelError(f"{architecture} with {rope_dim} rotated of {head} head dimensions is not supported")
     embedding = tensors.get("token_embd.weight")
@@ -171,7 +174,9 @@ def _config(model: GgufModel, keys: _Keys) -> dict[str, Any]:
         config["model_type"] = "mistral"
         config["sliding_window"] = keys.integer("attention.sliding_window")
     if config["model_type"] in ("llama", "qwen3"):
-        config["attention_bias"] = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "k", "v", "output"))
+        config["attention_bias"] = any(
+            f"blk.0.attn_{part}.bias" in tensors for part in ("q", "k", "v", "output")
+        )
     if config["model_type"] == "llama":
         config["mlp_bias"] = any(f"blk.0.ffn_{part}.bias" in tensors for part in ("gate", "up", "down"))
     scaling = _rope_scaling(model, config, keys)
@@ -193,7 +198,9 @@ def _gemma_config(config: dict[str, Any], keys: _Keys) -> None:
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, list):
         if len(pattern) < layers:
-            raise ModelError(f"gemma3.attention.sliding_window_pattern has {len(pattern)} entries for {layers} layers")
+            raise ModelError(
+                f"gemma3.attention.sliding_window_pattern has {len(pattern)} entries for {layers} layers"
+            )
         local = [bool(value) for value in pattern[:layers]]
     else:
         period = keys.integer("attention.sliding_window_pattern", _GEMMA_PATTERN)
@@ -206,7 +213,9 @@ def _gemma_config(config: dict[str, Any], keys: _Keys) -> None:
 
 def _rope_scaling(model: GgufModel, config: dict[str, Any], keys: _Keys) -> dict[str, Any] | None:
     kind = keys.get("rope.scaling.type")
-    factor = keys.number("rope.scaling.factor" if keys.get("rope.scaling.factor") else "rope.scale_linear", 1.0)
+    factor = keys.number(
+        "rope.scaling.factor" if keys.get("rope.scaling.factor") else "rope.scale_linear", 1.0
+    )
     table = model.tensors.get("rope_freqs.weight")
     for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
         if name in model.tensors:
@@ -230,10 +239,10 @@ def _rope_scaling(model: GgufModel, config: dict[str, Any], keys: _Keys) -> dict
 def llama3_scaling(factors: NDArray[np.float64], theta: float, original: int) -> dict[str, Any]:
     """The Llama-3 rope_scaling entry whose frequency divisors are `factors` [head_dim / 2].
 
-    The rule: with wavelengths w, s = clip((original / w - low) / (high - low), 0, 1) and divisor
-    1 / ((1 - s) / factor + s). `original` and (low, high) are only determined together, so `original` is given, and
-    the published low = 1, high = 4 are tried before a line is fitted through s. ModelError if nothing reproduces the
-    factors to 1e-5.
+    The rule: with wavelengths w, s = clip((original / w - low) / (high - low), 0, 1) and divisor 1 / ((1 - s)
+    / factor + s). `original` and (low, high) are only determined together, so `original` is given, and the
+    published low = 1, high = 4 are tried before a line is fitted through s. ModelError if nothing reproduces
+    the factors to 1e-5.
     """
     if not np.isfinite(factors).all() or factors.min() < 1 or factors.max() <= 1:
         raise ModelError("the factors in rope_freqs.weight do not follow the Llama-3 rule")
@@ -269,7 +278,9 @@ def float_values(tensor: TensorInfo) -> NDArray[np.float32]:
     if tensor.type.name == "BF16":
         return from_bf16(tensor.data.view(np.uint16))
     if tensor.type.name not in ("F32", "F16"):
-        raise ModelError(f"the vector {tensor.name!r} has the type {tensor.type.name}; a float type is needed")
+        raise ModelError(
+            f"the vector {tensor.name!r} has the type {tensor.type.name}; a float type is needed"
+        )
     return tensor.data.view(np.float32 if tensor.type.name == "F32" else np.float16).astype(np.float32)
 
 
@@ -286,7 +297,9 @@ def _sources(model: GgufModel, config: dict[str, Any]) -> dict[str, Source]:
         elif match and match[2] in layer_names:
             target = f"model.layers.{int(match[1])}.{layer_names[match[2]]}.{match[3]}"
         else:
-            raise ModelError(f"{model.paths[0]} has the tensor {name[:100]!r}, which its architecture does not know")
+            raise ModelError(
+                f"{model.paths[0]} has the tensor {name[:100]!r}, which its architecture does not know"
+            )
         heads = 0
         if permuted and match and match[2] in ("attn_q", "attn_k"):
             heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]

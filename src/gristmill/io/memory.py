@@ -66,8 +66,7 @@ class Plan:
     sequences: int
     kv_dtype: str
     largest_context: int
-    """The longest context, at most the one asked for, that fits with these weights and sequences; 0 if none
-    does."""
+    """The longest context, up to the one asked for, that fits these weights and sequences; 0 if none does."""
     smaller_weights: str | None
     """A weight mode that fits with the context asked for, where these weights do not fit at all."""
 
