@@ -32,7 +32,7 @@ def main() -> int:
         ask(console, MODEL)
         rows = measure(console, MODEL)
         console.print(table(rows))
-        console.print(f"{time.perf_counter() - begin:.0f} s in all. {notes(rows)}")
+        console.print(f"{notes(rows)} {time.perf_counter() - begin:.0f} s in all.", highlight=False)
     except GristmillError as error:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
@@ -44,7 +44,6 @@ def main() -> int:
 def ask(console: Console, model: str, max_tokens: int = 120) -> str:
     """Loads the model as stored, prints the question, and the answer as it comes; the answer."""
     import gristmill
-    from gristmill.bench.tables import megabytes
 
     with _bar(console) as bar:
         loaded = gristmill.load(model, progress=_Track(bar, "getting the model"))
@@ -59,8 +58,8 @@ def ask(console: Console, model: str, max_tokens: int = 120) -> str:
         times = result.timings
         console.print(
             f"\n[dim]{result.completion_tokens} tokens, {times.decode_tokens_per_s:.0f} tokens/s; loaded in "
-            f"{times.load_s:.2f} s, first token {1000 * times.first_token_s:.0f} ms later; "
-            f"weights {megabytes(loaded.executor.weight_bytes)}[/dim]\n"
+            f"{times.load_s:.2f} s, first token {1000 * times.first_token_s:.0f} ms later[/dim]\n",
+            soft_wrap=True,
         )
     return result.text
 
@@ -100,20 +99,31 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """What `measure` found, a line per mode."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
-
-    from gristmill.bench.tables import megabytes
 
     machine, first = rows[0]["speed"]["machine"], rows[0]["speed"]["modes"]
     result = Table(
         title=f"{machine['cpu']}, {first['threads']} threads, kernels {first['level']}",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
     )
-    result.add_column("weights")
-    for name in ("arithmetic", "bits", "bytes", "prefill\ntok/s", "decode\ntok/s", "of the\nroofline"):
-        result.add_column(name, justify="right")
-    for name in ("KL mean\n(nats)", "top-1\nagreement", "perplexity"):
-        result.add_column(name, justify="right")
+    result.add_column("\nweights", no_wrap=True)
+    for name in (
+        "arith-\nmetic",
+        "\nbits",
+        "\nMB",
+        "prefill\ntok/s",
+        "decode\ntok/s",
+        "roof-\nline",
+        "mean KL\nnats",
+        "\ntop-1",
+        "perplex-\nity",
+    ):
+        result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         speed, quality = row["speed"], row["quality"]
         modes, decode = speed["modes"], speed["decode"][0]
@@ -121,7 +131,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             row["weights"],
             modes["arithmetic"],
             f"{modes['bits_per_weight']:.2f}",
-            megabytes(speed["weight_bytes"]),
+            f"{speed['weight_bytes'] / 1e6:,.0f}",
             f"{speed['prefill'][0]['tokens_per_s']:,.0f}",
             f"{decode['tokens_per_s']:,.0f}",
             f"{100 * decode['roofline_fraction']:.0f} %",

@@ -119,7 +119,7 @@ def test_views_are_closed_after_a_failure():
     assert all(view.closed for view in model.views + base.views)
 
 
-# ---- text ----------------------------------------------------------------------------------------------------
+# ---- text
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_other_tokenizers_are_refused(tokenizer):
         _shared_tokenizer(Other(), tokenizer, "some text")
 
 
-# ---- the demo model ------------------------------------------------------------------------------------------
+# ---- the demo model
 
 FIGURES = {"tokens", "text", "kl_mean", "kl_p99", "top1_agreement", "perplexity", "base_perplexity"}
 
