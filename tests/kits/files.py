@@ -1,8 +1,9 @@
-"""Small models written to disk: GGUF files (single or split) and Hugging Face directories, with known weights.
+"""Small models written to disk: GGUF files (single or split) and Hugging Face directories, with known
+weights.
 
-The GGUF side is written with the `gguf` package, its names come from that package's own map, and the converter's
-changes to the weights (paired rotation order, Gemma's norms) are made here on their own, so that reading such a
-file back is a check by an independent witness.
+The GGUF side is written with the `gguf` package, its names come from that package's own map, and the
+converter's changes to the weights (paired rotation order, Gemma's norms) are made here on their own, so that
+reading such a file back is a check by an independent witness.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _CLASSES = {
 
 
 def config(kind: str = "llama", **changes: Any) -> dict[str, Any]:
-    """A Hugging Face config of a tiny model whose rows fit every block size; `changes` override or add keys."""
+    """A Hugging Face config of a tiny model whose rows fit every block size; `changes` override keys."""
     result: dict[str, Any] = {
         "architectures": [_CLASSES[kind]],
         "model_type": kind,
@@ -116,7 +117,7 @@ def dequantised(kind: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def encode(kind: str, values: NDArray[np.float32], seed: int = 0) -> NDArray[Any]:
-    """Values in the form that GGUFWriter takes for a type; K-quants, which the package cannot write, are random."""
+    """Values as GGUFWriter takes them for a type; K-quants, which the package cannot make, are random."""
     if kind == "F32":
         return values
     if kind == "F16":
@@ -172,8 +173,8 @@ def write_gguf(
 ) -> list[Path]:
     """Writes a model as GGUF and returns its files.
 
-    `kind` is the type of all matrices, or of each by Hugging Face name (F32 where absent). With `parts` above 1,
-    `path` (x.gguf) becomes x-00001-of-0000N.gguf and so on. `metadata` adds architecture keys as integers,
+    `kind` is the type of all matrices, or of each by Hugging Face name (F32 where absent). With `parts` above
+    1, `path` (x.gguf) becomes x-00001-of-0000N.gguf and so on. `metadata` adds architecture keys as integers,
     floats, strings or lists.
     """
     model_type = of["model_type"]
@@ -204,14 +205,15 @@ def write_gguf(
         stem, _, suffix = name.rpartition(".")
         target = names.get_name(stem)
         assert target is not None, name
+        written = values
         if model_type in ("llama", "mistral") and stem.endswith(("q_proj", "k_proj")):
-            values = rotation_pairs(values, heads if stem.endswith("q_proj") else kv_heads)
+            written = rotation_pairs(values, heads if stem.endswith("q_proj") else kv_heads)
         if model_type == "gemma3_text" and name.endswith("norm.weight"):
-            values = values + np.float32(1)
+            written = values + np.float32(1)
         chosen = kind if isinstance(kind, str) else kind.get(name, "F32")
         if values.ndim == 1:
             chosen = "F32"
-        data = encode(chosen, values)
+        data = encode(chosen, written)
         dtype = None if chosen in ("F32", "F16") else gguf.GGMLQuantizationType[chosen]
         writer.add_tensor(f"{target}.{suffix}", data, raw_dtype=dtype)
     writer.write_header_to_file()
