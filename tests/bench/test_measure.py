@@ -35,6 +35,8 @@ def test_it_holds_what_is_promised(result):
     for row in result["prefill"] + result["decode"]:
         assert row["tokens_per_s"] > 0
         assert len(row["runs_s"]) == 2
+    assert result["decode"][0]["generate_tokens_per_s"] > 0
+    assert "generate_tokens_per_s" not in result["decode"][1]
     assert result["weight_bytes"] == 96_576_768
     assert result["peak_rss_bytes"] > result["weight_bytes"]
     assert result["modes"]["weights_in"] in ("arena", "mapped file")
@@ -60,7 +62,7 @@ def test_the_tables_show_the_figures(result):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(bench.render(result))
     shown = console.export_text()
-    for text in ("smollm2", "96.6 MB", "prefill 9", "batch 3, context 4", "activations fast", "KV bf16"):
+    for text in ("smollm2", "96.6 MB", "prefill 9", "decode 3 x 4", "activations fast", "KV bf16"):
         assert text in shown, text
     assert f"{100 * result['decode'][0]['roofline_fraction']:.0f} %" in shown
 

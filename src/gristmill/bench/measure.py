@@ -49,7 +49,8 @@ def run(
     ready; conversion is not counted), first_token_s (from handing over a first prompt of 32 tokens, all cold,
     to its next token), peak_rss_bytes (of this process, all shapes above held at once, before any probe),
     weight_bytes. roofline_fraction is the time that the step's bytes take at the probe's rate over the time
-    they took.
+    they took. generate_tokens_per_s, at batch 1, is what `Model.generate` reaches on the same tokens: the
+    loop, the sampler and the detokenizer included.
 
     Raises UsageError for shapes that the model's context or the options do not allow.
     """
@@ -117,6 +118,8 @@ def _measure(
     prefill_s: list[list[float]] = [[] for _ in prefill]
     decode_s: list[list[float]] = [[] for _ in decode]
     rates: list[list[float]] = [[] for _ in decode]
+    generate_rates: list[list[float]] = [[] for _ in decode]
+    model = subject.model()
     for _ in range(repeats):
         for times, count, prompt in zip(prefill_s, prefill, prompts, strict=True):
             times.append(prompt.prefill(count))
@@ -124,6 +127,11 @@ def _measure(
         for i, ((batch, context), sequences) in enumerate(zip(decode, batches, strict=True)):
             rates[i].append(probe(int(costs[i].memory_bytes / decode_steps)))
             decode_s[i].append(sequences.decode(context, decode_steps))
+            if batch == 1:
+                generated = model.generate(
+                    sequences.ids(context), max_tokens=decode_steps + 1, temperature=0.0, ignore_eos=True
+                )
+                generate_rates[i].append(generated.timings.decode_tokens_per_s)
             advance(f"decode {batch} x {context}")
     result = {
         "machine": {**machine(), "load_average": load_average()},
@@ -147,12 +155,15 @@ def _measure(
                 "context": context,
                 "new_tokens": decode_steps,
                 "tokens_per_s": batch * decode_steps / median(times),
+                **({"generate_tokens_per_s": median(generated)} if generated else {}),
                 "bytes_per_step": cost.memory_bytes / decode_steps,
                 "bandwidth_bytes_per_s": median(rate),
                 "roofline_fraction": cost.memory_bytes / median(rate) / median(times),
                 "runs_s": times,
             }
-            for (batch, context), times, rate, cost in zip(decode, decode_s, rates, costs, strict=True)
+            for (batch, context), times, rate, generated, cost in zip(
+                decode, decode_s, rates, generate_rates, costs, strict=True
+            )
         ],
         "repeats": repeats,
         "load_s": subject.load_s,
@@ -181,6 +192,10 @@ class Sequences:
         random = np.random.default_rng(_SEED)
         self._ids = random.integers(0, executor.vocab_size, (batch, capacity), dtype=np.int32)
         self._next = np.zeros(batch, np.int32)
+
+    def ids(self, tokens: int) -> list[int]:
+        """The first tokens of the first sequence."""
+        return [int(token) for token in self._ids[0, :tokens]]
 
     def close(self) -> None:
         """Gives the sequences' memory back."""

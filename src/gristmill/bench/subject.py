@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gristmill.program.costs import parameters, weight_total
 
 if TYPE_CHECKING:
+    from gristmill.api import Model
     from gristmill.backends.native.executor import NativeExecutor
     from gristmill.io.checkpoint import Progress
     from gristmill.io.tokenizer import Tokenizer
@@ -69,6 +70,22 @@ class Subject:
         from gristmill.io.tokenizer import Tokenizer
 
         return Tokenizer.load(self.path)
+
+    def model(self) -> Model:
+        """The executor behind the public interface. Not to be closed: the executor stays this object's."""
+        from gristmill.api import Model
+        from gristmill.engine.sampling import SamplingParams
+
+        return Model(
+            self.name,
+            self.path,
+            self.executor,
+            self.tokenizer(),
+            context=self.context,
+            defaults=SamplingParams(),
+            weights=self.weights,
+            load_s=self.load_s,
+        )
 
     def stored_bytes(self, name: str) -> float:
         """Bytes of a tensor as it lies in memory, padding included."""

@@ -29,9 +29,11 @@ def render(result: Mapping[str, Any]) -> Group:
         f"activations {modes['activations']}, KV {modes['kv_dtype']}\n"
         f"{about['cpu']}, {modes['threads']} threads, kernels {modes['level']}"
     )
-    table = Table()
-    for name in ("", "tokens/s", "roofline", "bytes per step", "read bandwidth", "Gop/s"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table(
+        caption="decode: sequences x context; generate: through the whole engine", caption_justify="left"
+    )
+    for name in ("", "tokens/s", "generate", "roofline", "MB/step", "read GB/s", "Gop/s"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in result["prefill"]:
         table.add_row(
             f"prefill {row['tokens']}",
@@ -39,15 +41,17 @@ def render(result: Mapping[str, Any]) -> Group:
             "",
             "",
             "",
+            "",
             f"{row['operations_per_s'] / 1e9:,.0f}",
         )
     for row in result["decode"]:
         table.add_row(
-            f"decode, batch {row['batch']}, context {row['context']}",
+            f"decode {row['batch']} x {row['context']}",
             f"{row['tokens_per_s']:,.1f}",
+            f"{row['generate_tokens_per_s']:,.1f}" if "generate_tokens_per_s" in row else "",
             f"{100 * row['roofline_fraction']:.0f} %",
-            megabytes(row["bytes_per_step"]),
-            f"{row['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s",
+            f"{row['bytes_per_step'] / 1e6:,.1f}",
+            f"{row['bandwidth_bytes_per_s'] / 1e9:.1f}",
             "",
         )
     foot = Text(
