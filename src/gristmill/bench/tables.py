@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
 
@@ -30,7 +31,9 @@ def render(result: Mapping[str, Any]) -> Group:
         f"{about['cpu']}, {modes['threads']} threads, kernels {modes['level']}"
     )
     table = Table(
-        caption="decode: sequences x context; generate: through the whole engine", caption_justify="left"
+        box=SIMPLE_HEAD,
+        caption="decode: sequences x context; generate: through the whole engine",
+        caption_justify="left",
     )
     for name in ("", "tokens/s", "generate", "roofline", "MB/step", "read GB/s", "Gop/s"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
