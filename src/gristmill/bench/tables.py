@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
 
@@ -18,6 +17,7 @@ def megabytes(count: float) -> str:
 
 def render(result: Mapping[str, Any]) -> Group:
     """Tables of the dictionary that `run` returns."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
