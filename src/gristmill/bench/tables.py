@@ -32,6 +32,8 @@ def render(result: Mapping[str, Any]) -> Group:
     )
     table = Table(
         box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        show_edge=False,
         caption="decode: sequences x context; generate: through the whole engine",
         caption_justify="left",
     )
