@@ -72,11 +72,11 @@ def pieces(*lengths: int) -> list[np.ndarray]:
     return [random.integers(0, VOCABULARY, n, dtype=np.int32) for n in lengths]
 
 
-@pytest.mark.parametrize("bytes_at_once", [1 << 26, 4 * VOCABULARY * 3, 1])
+@pytest.mark.parametrize("bytes_at_once", [1 << 26, 4 * VOCABULARY * 35, 1])
 def test_rows_are_aligned_however_a_window_is_cut(monkeypatch, bytes_at_once):
     monkeypatch.setattr("gristmill.evaluate.measure._LOGIT_BYTES", bytes_at_once)
     model, base = FakeExecutor(1), FakeExecutor(2)
-    texts = pieces(7, 2, 5)
+    texts = pieces(70, 2, 33)
     found = compare(model, base, texts)
     expected = Quality()
     for piece in texts:
@@ -85,8 +85,8 @@ def test_rows_are_aligned_however_a_window_is_cut(monkeypatch, bytes_at_once):
         ours = np.stack([model.row(int(t), i) for i, t in enumerate(piece)])
         expected.add(theirs, ours, targets)
     assert found == pytest.approx(expected.figures(), rel=1e-12)
-    assert found["tokens"] == 14
-    assert model.most_rows <= max(1, bytes_at_once // (4 * VOCABULARY))
+    assert found["tokens"] == 105
+    assert model.most_rows == {1 << 26: 70, 4 * VOCABULARY * 35: 32, 1: 16}[bytes_at_once]
     assert all(view.closed for view in model.views + base.views)
 
 

@@ -105,15 +105,16 @@ def compare(
 ) -> dict[str, Any]:
     """The figures of `Quality.figures` for two executors over token windows, each a prompt of its own.
 
-    Memory is bounded: no more than 64 MB of logits of either model are held at a time. ModelError if the
-    vocabularies differ.
+    Memory is bounded: no more than 64 MB of logits of either model are held at a time (16 rows, if they are
+    larger). ModelError if the vocabularies differ.
     """
     if model.vocab_size != base.vocab_size:
         raise ModelError(
             f"the model has {model.vocab_size} logits and the base {base.vocab_size}: they cannot be compared"
         )
     quality = Quality()
-    step = int(np.clip(_LOGIT_BYTES // (4 * model.vocab_size), 1, 512))
+    # Prompts are cut at multiples of 16 tokens, as the decoding loop does.
+    step = int(np.clip(_LOGIT_BYTES // (4 * model.vocab_size) // 16, 1, 32)) * 16
     total = sum(len(piece) for piece in pieces)
     done = 0
     for piece in pieces:
