@@ -290,3 +290,44 @@ def safetensors_bytes(header: Any, data: bytes) -> bytes:
     """A safetensors file from a header (an object for JSON, or its bytes) and the data after it."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+GGUF_NUMBERS = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7,
+                "string": 8, "array": 9, "u64": 10, "i64": 11, "f64": 12}  # fmt: skip
+
+
+def gguf_string(text: str | bytes, length: int | None = None) -> bytes:
+    """A GGUF string; `length` replaces the true one."""
+    raw = text.encode() if isinstance(text, str) else text
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw
+
+
+def gguf_pair(key: str | bytes, kind: int, value: bytes) -> bytes:
+    """A metadata pair from its parts."""
+    return gguf_string(key) + kind.to_bytes(4, "little") + value
+
+
+def gguf_info(
+    name: str | bytes, shape: tuple[int, ...], kind: int, offset: int, rank: int | None = None
+) -> bytes:
+    """A tensor info; `shape` innermost first, as in the file."""
+    result = gguf_string(name) + (len(shape) if rank is None else rank).to_bytes(4, "little")
+    result += b"".join((size % (1 << 64)).to_bytes(8, "little") for size in shape)
+    return result + kind.to_bytes(4, "little") + offset.to_bytes(8, "little")
+
+
+def gguf_bytes(
+    pairs: list[bytes],
+    infos: list[bytes],
+    data: bytes = b"",
+    *,
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+    magic: bytes = b"GGUF",
+    alignment: int = 32,
+) -> bytes:
+    """A GGUF file from its pieces, sound or not; `counts` replaces the counts of (tensors, pairs)."""
+    tensors, keys = counts or (len(infos), len(pairs))
+    head = magic + version.to_bytes(4, "little") + tensors.to_bytes(8, "little") + keys.to_bytes(8, "little")
+    head += b"".join(pairs) + b"".join(infos)
+    return head + bytes(-len(head) % alignment) + data
