@@ -80,7 +80,9 @@ def measure(
 
     rows = []
     with _bar(console) as bar:
-        for weights in modes:
+        for index, weights in enumerate(modes):
+            if not console.is_terminal:
+                console.print(f"measuring {weights} ({index + 1} of {len(modes)})", highlight=False)
             speed = bench.run(
                 model,
                 weights=weights,
