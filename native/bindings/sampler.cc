@@ -3,6 +3,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include <stdexcept>
 
 #include "bindings/bind.h"
+#include "runtime/isa.h"
 
 using namespace nb::literals;
 
@@ -61,17 +63,22 @@ void bind_sampler(nb::module_& m) {
   m.def(
       "sample",
       [](Array<float> logits, const std::vector<gm::SampleRow*>& rows,
-         nb::ndarray<int32_t, nb::c_contig, nb::device::cpu> tokens, const std::shared_ptr<gm::Pool>& pool) {
+         nb::ndarray<int32_t, nb::c_contig, nb::device::cpu> tokens, const std::shared_ptr<gm::Pool>& pool,
+         const std::string& level) {
         if (logits.ndim() != 2 || logits.shape(0) != rows.size() || tokens.size() != rows.size()) {
           throw std::invalid_argument("logits must be [rows][vocabulary], tokens [rows]");
         }
         const auto vocabulary = static_cast<int64_t>(logits.shape(1));
+        static const gm::KernelTable* const usual = gm::kernel_table(gm::default_level());
+        const gm::KernelTable* kernels = level.empty() ? usual : gm::kernel_table(level);
         nb::gil_scoped_release release;
-        gm::sample(logits.data(), static_cast<int64_t>(rows.size()), vocabulary, rows.data(), tokens.data(),
-                   pool.get());
+        gm::sample(*kernels, logits.data(), static_cast<int64_t>(rows.size()), vocabulary, rows.data(),
+                   tokens.data(), pool.get());
       },
-      nb::arg("logits").noconvert(), "rows"_a, nb::arg("tokens").noconvert(), "pool"_a.none(),
-      "Draws the next token of every row (all different) into `tokens` and appends it to the row.");
+      nb::arg("logits").noconvert(), "rows"_a, nb::arg("tokens").noconvert(), "pool"_a.none(), "level"_a = "",
+      "Draws the next token of every row (all different) into `tokens` and appends it to the row. The result "
+      "is the same "
+      "at every level.");
 
   m.def(
       "philox",

@@ -18,6 +18,9 @@ void linear_f32(const Weight& w, const float* x, int64_t ldx, int64_t rows, int6
 void decode_row(const Weight& w, int64_t row, float* out);
 uint64_t read_all(const void* data, int64_t bytes);
 
+bool row_maxima(const float* x, int64_t n, float* maxima);
+void row_exponentials(const float* x, int64_t n, float top, float inverse, float* out, double* sums);
+
 void rmsnorm(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy, int64_t rows, int64_t n, float eps);
 void add(float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t n);
 void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act);

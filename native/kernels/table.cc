@@ -29,6 +29,8 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
       .attention_spans = attention_spans,
       .attention_merge = attention_merge,
       .attention_scratch_bytes = attention_scratch_bytes,
+      .row_maxima = row_maxima,
+      .row_exponentials = row_exponentials,
       .read_all = read_all,
   };
   return &table;

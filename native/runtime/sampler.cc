@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -12,15 +11,11 @@
 namespace gm {
 namespace {
 
-// Blocks whose maximum is known can be skipped when looking for high logits.
-constexpr int64_t kBlock = 64;
-constexpr int64_t kLanes = 16;
 // Up to this many candidates are kept in a heap; more are cut out of the whole row.
 constexpr int64_t kHeapLimit = 1024;
-// Top-p without top-k sums probabilities by distance to the maximum: 32 nats in steps of 1/64.
-constexpr int64_t kBuckets = 2048;
+// Top-p of many tokens sums weights by distance to the maximum: 32 nats in steps of 1/64.
+constexpr size_t kBuckets = 2048;
 constexpr float kBucketsPerNat = 64.0f;
-constexpr int64_t kSumBlock = 1024;
 
 struct Candidate {
   float logit;
@@ -32,72 +27,22 @@ inline bool before(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
 
-struct Workspace {
-  std::vector<float> logits, maxima, weights;
-  std::vector<Candidate> candidates;
-  std::vector<double> sums;
+struct Weighted {
+  Candidate candidate;
+  double weight;
 };
 
-// exp(x) for x <= 0 to about 2 units in the last place; 0 below -87. Plain operations in one order, so that
-// the result is the same however a compiler vectorises it.
-inline float exp_negative(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
-  const float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  int32_t bits, exponent;
-  std::memcpy(&bits, &p, 4);
-  std::memcpy(&exponent, &shifted, 4);
-  bits += (exponent - 0x4B400000) * (1 << 23);
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return x < -87.0f ? 0.0f : result;
-}
-
-// Maximum of every block; false if a logit is NaN or +inf.
-bool block_maxima(const float* x, int64_t n, std::vector<float>& maxima) {
-  maxima.resize(static_cast<size_t>((n + kBlock - 1) / kBlock));
-  int32_t bad[kLanes] = {};
-  for (int64_t b = 0; b < n / kBlock; ++b) {
-    const float* v = x + b * kBlock;
-    float m[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) m[j] = v[j];
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      for (int64_t j = 0; j < kLanes; ++j) {
-        m[j] = v[i + j] > m[j] ? v[i + j] : m[j];
-        bad[j] |= v[i + j] <= FLT_MAX ? 0 : 1;
-      }
-    }
-    float top = m[0];
-    for (int64_t j = 1; j < kLanes; ++j) top = m[j] > top ? m[j] : top;
-    maxima[static_cast<size_t>(b)] = top;
-  }
-  const int64_t tail = n / kBlock * kBlock;
-  if (tail < n) {
-    float top = x[tail];
-    for (int64_t i = tail; i < n; ++i) {
-      top = x[i] > top ? x[i] : top;
-      bad[0] |= x[i] <= FLT_MAX ? 0 : 1;
-    }
-    maxima.back() = top;
-  }
-  int32_t any = 0;
-  for (int32_t b : bad) any |= b;
-  return any == 0;
-}
+struct Workspace {
+  std::vector<float> logits, maxima, weights, gathered;
+  std::vector<Candidate> candidates;
+  std::vector<Weighted> ordered;
+  std::vector<double> sums, buckets;
+};
 
 // First token with the highest logit.
 int32_t argmax(const float* x, const std::vector<float>& maxima) {
   const auto top = std::max_element(maxima.begin(), maxima.end());
-  int64_t i = (top - maxima.begin()) * kBlock;
+  int64_t i = (top - maxima.begin()) * kMaximaBlock;
   while (x[i] != *top) ++i;
   return static_cast<int32_t>(i);
 }
@@ -111,8 +56,8 @@ void highest(const float* x, int64_t n, const std::vector<float>& maxima, int64_
   // `before` as the heap's order puts the least preferred candidate in front.
   std::make_heap(out.begin(), out.end(), before);
   for (int64_t i = k; i < n;) {
-    const int64_t end = std::min(n, (i / kBlock + 1) * kBlock);
-    if (maxima[static_cast<size_t>(i / kBlock)] > out.front().logit) {
+    const int64_t end = std::min(n, (i / kMaximaBlock + 1) * kMaximaBlock);
+    if (maxima[static_cast<size_t>(i / kMaximaBlock)] > out.front().logit) {
       for (; i < end; ++i) {
         // An equal logit at a higher id loses.
         if (x[i] <= out.front().logit) continue;
@@ -127,26 +72,22 @@ void highest(const float* x, int64_t n, const std::vector<float>& maxima, int64_
 }
 
 // weights[i] = exp((x[i] - top) * inverse), and their sum.
-double exponentials(const float* x, int64_t n, float top, float inverse, Workspace& w) {
+double exponentials(const KernelTable& kernels, const float* x, int64_t n, float top, float inverse,
+                    Workspace& w) {
   w.weights.resize(static_cast<size_t>(n));
-  float* out = w.weights.data();
-  for (int64_t i = 0; i < n; ++i) out[i] = exp_negative((x[i] - top) * inverse);
-  w.sums.clear();
+  w.sums.resize(static_cast<size_t>((n + kSumBlock - 1) / kSumBlock));
+  kernels.row_exponentials(x, n, top, inverse, w.weights.data(), w.sums.data());
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = std::min(n, begin + kSumBlock);
-    double lanes[kLanes] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int64_t j = 0; j < kLanes; ++j) lanes[j] += static_cast<double>(out[i + j]);
-    }
-    for (; i < end; ++i) lanes[0] += static_cast<double>(out[i]);
-    double sum = 0;
-    for (double lane : lanes) sum += lane;
-    w.sums.push_back(sum);
-    total += sum;
-  }
+  for (double sum : w.sums) total += sum;
   return total;
+}
+
+// Maxima of the blocks and of the row; false if there is nothing to draw from.
+bool maxima(const KernelTable& kernels, const float* x, int64_t n, Workspace& w, float* top) {
+  w.maxima.resize(static_cast<size_t>((n + kMaximaBlock - 1) / kMaximaBlock));
+  if (!kernels.row_maxima(x, n, w.maxima.data())) return false;
+  *top = *std::max_element(w.maxima.begin(), w.maxima.end());
+  return *top > -FLT_MAX;
 }
 
 // Lowest logit that min-p keeps: a token's probability is at least min_p times the highest one's.
@@ -165,16 +106,42 @@ double uniform(const SamplingOptions& o, int64_t position) {
   return static_cast<double>(bits) * 0x1.0p-53;
 }
 
-// Draws among few candidates, which are in the order of preference.
-int32_t draw_candidates(std::vector<Candidate>& c, const SamplingOptions& o, int64_t position, Workspace& w) {
-  const float top = c.front().logit, inverse = 1.0f / o.temperature;
-  w.sums.clear();
+// Weights of candidates into w.sums; their sum.
+double weigh(const KernelTable& kernels, const std::vector<Candidate>& c, float top, float inverse,
+             Workspace& w) {
+  w.gathered.clear();
+  for (const Candidate& one : c) w.gathered.push_back(one.logit);
+  exponentials(kernels, w.gathered.data(), static_cast<int64_t>(c.size()), top, inverse, w);
+  w.sums.assign(w.weights.begin(), w.weights.end());
   double total = 0;
-  for (const Candidate& one : c) {
-    const auto weight = static_cast<double>(exp_negative((one.logit - top) * inverse));
-    w.sums.push_back(weight);
-    total += weight;
+  for (double weight : w.sums) total += weight;
+  return total;
+}
+
+// Draws one of the first `kept` candidates by the weights in w.sums.
+int32_t draw_kept(const std::vector<Candidate>& c, size_t kept, const SamplingOptions& o, int64_t position,
+                  const Workspace& w) {
+  double total = 0;
+  for (size_t i = 0; i < kept; ++i) total += w.sums[i];
+  const double target = uniform(o, position) * total;
+  double sum = 0;
+  // Rounding may carry the target past the end: then the last one is drawn.
+  size_t last = 0;
+  for (size_t i = 0; i < kept; ++i) {
+    if (w.sums[i] == 0) continue;
+    sum += w.sums[i];
+    last = i;
+    if (sum > target) break;
   }
+  return c[last].token;
+}
+
+// Top-k of few tokens: the candidates stay in the order of preference.
+int32_t draw_few(const KernelTable& kernels, const float* x, int64_t n, float top, const SamplingOptions& o,
+                 int64_t position, Workspace& w) {
+  auto& c = w.candidates;
+  highest(x, n, w.maxima, std::min(o.top_k, n), c);
+  const double total = weigh(kernels, c, top, 1.0f / o.temperature, w);
   size_t kept = c.size();
   if (o.top_p < 1.0f) {
     const double share = static_cast<double>(o.top_p) * total;
@@ -188,82 +155,84 @@ int32_t draw_candidates(std::vector<Candidate>& c, const SamplingOptions& o, int
     const float floor = min_p_floor(o, top);
     while (kept > 1 && c[kept - 1].logit < floor) --kept;
   }
-  total = 0;
-  for (size_t i = 0; i < kept; ++i) total += w.sums[i];
-  const double target = uniform(o, position) * total;
-  double sum = 0;
-  size_t last = 0;
-  for (size_t i = 0; i < kept; ++i) {
-    if (w.sums[i] == 0) continue;
-    sum += w.sums[i];
-    last = i;
-    if (sum > target) break;
-  }
-  return c[last].token;
+  return draw_kept(c, kept, o, position, w);
 }
 
-// Draws from a whole row. The filters set the weights of what they drop to zero.
-int32_t draw_row(const float* x, int64_t n, float top, const SamplingOptions& o, int64_t position,
-                 Workspace& w) {
-  const float inverse = 1.0f / o.temperature;
-  exponentials(x, n, top, inverse, w);
-  float* weights = w.weights.data();
-  const auto drop_after = [&](const Candidate& last) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (before(last, {x[i], static_cast<int32_t>(i)})) weights[i] = 0;
+// The tokens with at least this logit, by id.
+void gather(const float* x, int64_t n, const std::vector<float>& maxima, float floor,
+            std::vector<Candidate>& out) {
+  out.clear();
+  for (int64_t begin = 0; begin < n; begin += kMaximaBlock) {
+    if (maxima[static_cast<size_t>(begin / kMaximaBlock)] < floor) continue;
+    for (int64_t i = begin; i < std::min(n, begin + kMaximaBlock); ++i) {
+      if (x[i] >= floor) out.push_back({x[i], static_cast<int32_t>(i)});
     }
+  }
+}
+
+// Drops the candidates after the one that brings the weight to `share`. w.sums holds their weights on entry.
+void cut_share(double share, float top, float inverse, std::vector<Candidate>& c, Workspace& w) {
+  const auto bucket = [&](const Candidate& one) {
+    const float distance = (top - one.logit) * inverse * kBucketsPerNat;
+    return distance < static_cast<float>(kBuckets - 1) ? static_cast<size_t>(distance) : kBuckets - 1;
   };
-  if (o.top_k > 0 && o.top_k < n) {
-    auto& c = w.candidates;
-    c.clear();
-    for (int64_t i = 0; i < n; ++i) c.push_back({x[i], static_cast<int32_t>(i)});
-    const auto last = c.begin() + (o.top_k - 1);
-    std::nth_element(c.begin(), last, c.end(), before);
-    drop_after(*last);
+  w.buckets.assign(kBuckets, 0.0);
+  for (size_t i = 0; i < c.size(); ++i) w.buckets[bucket(c[i])] += w.sums[i];
+  double sum = 0;
+  size_t crossing = 0;
+  while (crossing < kBuckets - 1 && sum + w.buckets[crossing] < share) sum += w.buckets[crossing++];
+  w.ordered.clear();
+  for (size_t i = 0; i < c.size(); ++i) {
+    if (bucket(c[i]) == crossing) w.ordered.push_back({c[i], w.sums[i]});
   }
-  if (o.top_p < 1.0f) {
-    const auto bucket = [&](int64_t i) {
-      const float distance = (top - x[i]) * inverse * kBucketsPerNat;
-      return distance < static_cast<float>(kBuckets - 1) ? static_cast<int64_t>(distance) : kBuckets - 1;
-    };
-    w.sums.assign(kBuckets, 0.0);
-    double total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (weights[i] > 0) w.sums[static_cast<size_t>(bucket(i))] += static_cast<double>(weights[i]);
-    }
-    for (double s : w.sums) total += s;
-    const double share = static_cast<double>(o.top_p) * total;
-    double sum = 0;
-    int64_t crossing = 0;
-    while (crossing < kBuckets - 1 && sum + w.sums[static_cast<size_t>(crossing)] < share) {
-      sum += w.sums[static_cast<size_t>(crossing++)];
-    }
-    auto& c = w.candidates;
-    c.clear();
-    for (int64_t i = 0; i < n; ++i) {
-      if (weights[i] > 0 && bucket(i) == crossing) c.push_back({x[i], static_cast<int32_t>(i)});
-    }
-    std::sort(c.begin(), c.end(), before);
-    for (const Candidate& one : c) {
-      sum += static_cast<double>(weights[one.token]);
-      if (sum >= share) {
-        drop_after(one);
-        break;
-      }
+  std::sort(w.ordered.begin(), w.ordered.end(),
+            [](const Weighted& a, const Weighted& b) { return before(a.candidate, b.candidate); });
+  for (const Weighted& one : w.ordered) {
+    sum += one.weight;
+    if (sum >= share) {
+      std::erase_if(c, [&](const Candidate& other) { return before(one.candidate, other); });
+      return;
     }
   }
-  if (o.min_p > 0.0f) {
-    const float floor = min_p_floor(o, top);
-    for (int64_t i = 0; i < n; ++i) weights[i] = x[i] < floor && x[i] < top ? 0.0f : weights[i];
-  }
+}
+
+// Filters that may leave many tokens: the candidates stay in the order of their ids.
+int32_t draw_filtered(const KernelTable& kernels, const float* x, int64_t n, float top,
+                      const SamplingOptions& o, int64_t position, Workspace& w) {
+  const float inverse = 1.0f / o.temperature;
+  auto& c = w.candidates;
   double total = 0;
-  w.sums.clear();
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    double sum = 0;
-    for (int64_t i = begin; i < std::min(n, begin + kSumBlock); ++i) sum += static_cast<double>(weights[i]);
-    w.sums.push_back(sum);
-    total += sum;
+  if (o.top_k > 0 && o.top_k < n) {
+    gather(x, n, w.maxima, -FLT_MAX, c);
+    if (o.top_k < static_cast<int64_t>(c.size())) {
+      std::nth_element(c.begin(), c.begin() + o.top_k, c.end(), before);
+      c.resize(static_cast<size_t>(o.top_k));
+      std::sort(c.begin(), c.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+    }
+    total = weigh(kernels, c, top, inverse, w);
+  } else if (o.top_p < 1.0f) {
+    total = exponentials(kernels, x, n, top, inverse, w);
+    // n tokens of less weight than this do not make up 1 - top_p together, so the cut lies above it.
+    const double least = 0.99 * (1.0 - static_cast<double>(o.top_p)) * total / static_cast<double>(n);
+    const double floor = static_cast<double>(top) + static_cast<double>(o.temperature) * std::log(least);
+    gather(x, n, w.maxima, std::min(top, static_cast<float>(std::max(floor, -double{FLT_MAX}))), c);
+    weigh(kernels, c, top, inverse, w);
+  } else {
+    gather(x, n, w.maxima, std::min(top, min_p_floor(o, top)), c);
   }
+  if (o.top_p < 1.0f) cut_share(static_cast<double>(o.top_p) * total, top, inverse, c, w);
+  if (o.min_p > 0.0f) {
+    const float floor = std::min(top, min_p_floor(o, top));
+    std::erase_if(c, [&](const Candidate& one) { return one.logit < floor; });
+  }
+  weigh(kernels, c, top, inverse, w);
+  return draw_kept(c, c.size(), o, position, w);
+}
+
+// No filters.
+int32_t draw_any(const KernelTable& kernels, const float* x, int64_t n, float top, const SamplingOptions& o,
+                 int64_t position, Workspace& w) {
+  const double total = exponentials(kernels, x, n, top, 1.0f / o.temperature, w);
   const double target = uniform(o, position) * total;
   // Rounding may carry the target past the last block, or past a block's last token: then that one is drawn.
   size_t final = w.sums.size() - 1;
@@ -274,25 +243,25 @@ int32_t draw_row(const float* x, int64_t n, float top, const SamplingOptions& o,
   const int64_t begin = static_cast<int64_t>(block) * kSumBlock, end = std::min(n, begin + kSumBlock);
   int64_t token = begin;
   for (int64_t i = begin; i < end; ++i) {
-    if (weights[i] == 0) continue;
+    const float weight = w.weights[static_cast<size_t>(i)];
+    if (weight == 0) continue;
     token = i;
-    sum += static_cast<double>(weights[i]);
+    sum += static_cast<double>(weight);
     if (sum > target) break;
   }
   return static_cast<int32_t>(token);
 }
 
 // False if the logits are not numbers to draw from.
-bool draw(const float* raw, int64_t n, SampleRow& row, Workspace& w) {
+bool draw(const KernelTable& kernels, const float* raw, int64_t n, SampleRow& row, Workspace& w) {
   const SamplingOptions& o = row.options();
   const float* x = raw;
-  if (!block_maxima(raw, n, w.maxima)) return false;
-  float top = *std::max_element(w.maxima.begin(), w.maxima.end());
-  if (!(top >= -FLT_MAX)) return false;
+  float top = 0;
+  if (!maxima(kernels, raw, n, w, &top)) return false;
   double log_total = 0;
   const float raw_top = top;
   if (o.logprobs >= 0) {
-    log_total = std::log(exponentials(raw, n, top, 1.0f, w));
+    log_total = std::log(exponentials(kernels, raw, n, top, 1.0f, w));
     highest(raw, n, w.maxima, std::min<int64_t>(o.logprobs, n), w.candidates);
     row.draw.top.clear();
     row.draw.top_logprobs.clear();
@@ -305,17 +274,16 @@ bool draw(const float* raw, int64_t n, SampleRow& row, Workspace& w) {
     w.logits.assign(raw, raw + n);
     row.penalise(w.logits.data(), n);
     x = w.logits.data();
-    if (!block_maxima(x, n, w.maxima)) return false;
-    top = *std::max_element(w.maxima.begin(), w.maxima.end());
-    if (!(top >= -FLT_MAX)) return false;
+    if (!maxima(kernels, x, n, w, &top)) return false;
   }
   if (o.temperature < kGreedyBelow) {
     row.draw.token = argmax(x, w.maxima);
   } else if (o.top_k > 0 && o.top_k <= kHeapLimit) {
-    highest(x, n, w.maxima, std::min(o.top_k, n), w.candidates);
-    row.draw.token = draw_candidates(w.candidates, o, row.position(), w);
+    row.draw.token = draw_few(kernels, x, n, top, o, row.position(), w);
+  } else if ((o.top_k > 0 && o.top_k < n) || o.top_p < 1.0f || o.min_p > 0.0f) {
+    row.draw.token = draw_filtered(kernels, x, n, top, o, row.position(), w);
   } else {
-    row.draw.token = draw_row(x, n, top, o, row.position(), w);
+    row.draw.token = draw_any(kernels, x, n, top, o, row.position(), w);
   }
   if (o.logprobs >= 0) {
     row.draw.logprob = static_cast<float>(double(raw[row.draw.token]) - double(raw_top) - log_total);
@@ -363,14 +331,14 @@ void SampleRow::penalise(float* logits, int64_t vocabulary) const {
   }
 }
 
-void sample(const float* logits, int64_t count, int64_t vocabulary, SampleRow* const* rows, int32_t* tokens,
-            Pool* pool) {
+void sample(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
+            SampleRow* const* rows, int32_t* tokens, Pool* pool) {
   if (vocabulary < 1) throw std::invalid_argument("there are no logits to sample from");
   std::atomic<int64_t> failed{-1};
   const auto some = [&](int64_t first, int64_t step) {
     thread_local Workspace workspace;
     for (int64_t r = first; r < count; r += step) {
-      if (!draw(logits + r * vocabulary, vocabulary, *rows[r], workspace)) failed.store(r);
+      if (!draw(kernels, logits + r * vocabulary, vocabulary, *rows[r], workspace)) failed.store(r);
     }
   };
   if (pool != nullptr && count > 1) {

@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "gristmill/kernel.h"
 #include "runtime/pool.h"
 
 namespace gm {
@@ -58,8 +59,9 @@ class SampleRow {
 
 // Draws a token for every row of logits [count][vocabulary], writes it to tokens[count] and into the row, and
 // appends it to the row. Throws std::invalid_argument, with no row changed, if logits are NaN or +inf or all
-// -inf. With a pool, the rows are divided among its threads; the result does not depend on that.
-void sample(const float* logits, int64_t count, int64_t vocabulary, SampleRow* const* rows, int32_t* tokens,
-            Pool* pool);
+// -inf. With a pool, the rows are divided among its threads; the result depends neither on that nor on the
+// kernels' level.
+void sample(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
+            SampleRow* const* rows, int32_t* tokens, Pool* pool);
 
 }  // namespace gm

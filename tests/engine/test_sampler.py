@@ -299,3 +299,17 @@ def test_refuses_mismatched_arrays() -> None:
         _native.sample(np.zeros((1, 4)), [row], np.zeros(1, np.int32), None)
     with pytest.raises(ValueError, match="no logits"):
         _native.sample(np.zeros((1, 0), np.float32), [row], np.zeros(1, np.int32), None)
+
+
+@pytest.mark.parametrize("level", _native.available_levels())
+def test_levels_agree(level: str) -> None:
+    params = [replace(p, seed=i, logprobs=2) for i, p in enumerate([*CASES.values()] * 4)]
+    for size in (1, 30, 1000, 5003):
+        logits = np.random.default_rng(size).normal(0, 3, (len(params), size)).astype(np.float32)
+        found = []
+        for name in ("", level):
+            rows = [make_row(p) for p in params]
+            tokens = np.zeros(len(params), np.int32)
+            _native.sample(logits, rows, tokens, None, name)
+            found.append((tokens.tolist(), [row.logprobs() for row in rows]))
+        assert found[0] == found[1]

@@ -55,6 +55,8 @@ struct KvSegment {
   int64_t ring = 0;  // blocks in the ring of a sliding-window layer, 0 where blocks are not reused
 };
 
+constexpr int64_t kMaximaBlock = 64, kSumBlock = 256;
+
 // One sequence's part of a step.
 struct AttentionSequence {
   KvSegment kv;
@@ -128,6 +130,11 @@ struct KernelTable {
   // merge: the results of the short sequences' rows in [row_begin, row_end), from their partial results.
   void (*attention_merge)(const AttentionArgs& a, int64_t row_begin, int64_t row_end);
   int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for prepare and spans
+
+  // For the sampler, over one row of n logits. row_maxima: the highest of every kMaximaBlock (-inf counts as -FLT_MAX);
+  // false if one is NaN or +inf. row_exponentials: out = exp((x - top) * inverse), and the sums of every kSumBlock.
+  bool (*row_maxima)(const float* x, int64_t n, float* maxima);
+  void (*row_exponentials)(const float* x, int64_t n, float top, float inverse, float* out, double* sums);
 
   // Sum of all bytes read as 64-byte words: the bandwidth probe of the roofline.
   uint64_t (*read_all)(const void* data, int64_t bytes);
