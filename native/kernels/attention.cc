@@ -16,7 +16,7 @@
 namespace gm::GM_LEVEL {
 namespace {
 
-constexpr int64_t kTile = 64, kSpan = 256, kBlock = 16;
+constexpr int64_t kTile = 64, kSpan = kSpanTokens, kBlock = kTileTokens;
 constexpr float kMasked = -__builtin_inff();
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -86,9 +86,12 @@ void each_item(const AttentionArgs& a, int64_t begin, int64_t end, Fn fn) {
   }
 }
 
-int64_t ring_block(const KvSegment& kv, int64_t position) {
-  const int64_t block = position / kBlock;
-  return kv.ring == 0 ? block : block % kv.ring;
+// First key and end of the keys that an item's rows see within one of its spans, in whole tiles at the front.
+int64_t span_from(const AttentionArgs& a, const Item& item, int64_t span) {
+  return most(span * kSpan, first_key(a, item.sequence->start + item.token) / kTile * kTile);
+}
+int64_t span_to(const Item& item, int64_t span) {
+  return least((span + 1) * kSpan, item.sequence->start + item.token + item.tokens);
 }
 
 // The rotation of one head's vector: pairs (i, i + half), half-split as in the published models.
@@ -107,7 +110,7 @@ void rotate(const AttentionArgs& a, const float* x, int64_t position, float* y) 
 // Writes the key and the value of one new token and head. `last`: nothing follows it in this step.
 void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, bool last, float* rotated) {
   const int64_t position = s.start + token, hd = a.head_dim, slot = position % kBlock;
-  const int64_t at = ring_block(s.kv, position) * s.kv.block_bytes + head * s.kv.tile_bytes;
+  const int64_t at = s.kv.tile_at(position, head);
   rotate(a, a.k + (s.row + token) * a.ldk + head * hd, position, rotated);
   const float* v = a.v + (s.row + token) * a.ldv + head * hd;
   // The partner that a pair of tokens does not have yet is cleared: it meets p = 0, which must not be 0 * NaN.
@@ -185,6 +188,8 @@ struct Work {
   using Stored = typename Types<kMath>::Stored;
   const Stored* k[4];  // blocks of the tile
   const Stored* v[4];
+  const Stored* k_ahead[4];  // a tile to come, fetched line by line while this one is worked on
+  const Stored* v_ahead[4];
   int64_t keys;        // keys to look at, from the tile's first on
   int64_t hd;
   const Query* q;      // [rows][hd]
@@ -202,8 +207,11 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kWide; ++i) y[r][i] = vf_zero();
   }
-  const typename Work<kMath>::Stored* k[kWide];
-  for (int i = 0; i < kWide; ++i) k[i] = w.k[b + i];
+  const typename Work<kMath>::Stored *k[kWide], *ahead[kWide];
+  for (int i = 0; i < kWide; ++i) {
+    k[i] = w.k[b + i];
+    ahead[i] = row == 0 ? w.k_ahead[b + i] : k[i];
+  }
   const auto* q = w.q + row * w.hd;
   for (int64_t d = 0; d < w.hd; d += 2) {
 GM_UNROLL(4)
@@ -211,6 +219,7 @@ GM_UNROLL(4)
       vf column[kRows][1];
 GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) column[r][0] = y[r][i];
+      if constexpr (kRows <= 4) prefetch_far(ahead[i] + d * 16);
       step<kMath, kRows, 1>(column, k[i] + d * 16, 0, 16, q + d, w.hd);
 GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) y[r][i] = column[r][0];
@@ -234,9 +243,13 @@ void values(const Work<kMath>& w, int64_t row, int64_t d) {
   constexpr int64_t kPair = kMath == Math::kF32 ? 1 : 2;
   for (int64_t first = 0; first < w.keys; first += kBlock) {
     const auto* v = w.v[first / kBlock] + d * kPair;
+    const auto* ahead = row == 0 ? w.v_ahead[first / kBlock] + d * kPair : v;
     const auto* p = w.p + row * kTile + first;
     const int64_t n = least(kBlock, w.keys - first);
     for (int64_t j = 0; j < n; j += 2) {
+      if constexpr (kRows <= 4) {
+        for (int i = 0; i < kWide; ++i) prefetch_far(ahead + j * w.hd + i * 16 * kPair);
+      }
       step<kMath, kRows, kWide>(y, v + j * w.hd, 16 * kPair, w.hd, p + j, kTile);
     }
   }
@@ -337,8 +350,33 @@ void factors(const float* from, const float* to, int64_t rows, float* out) {
   }
 }
 
+// Points at the tile two further on, in this item or the next: the hardware looks ahead within a run only. Without one
+// the lines asked for are those at hand.
 template <Math kMath>
-void run_item(const AttentionArgs& a, const Item& item, void* memory) {
+void point_ahead(const AttentionArgs& a, const Item& item, const Item* next, int64_t n, int64_t tiles, Work<kMath>& w) {
+  using Stored = typename Types<kMath>::Stored;
+  n += 2;
+  const Item* of = &item;
+  if (n >= tiles) {
+    of = next;
+    n -= tiles;
+  }
+  for (int64_t b = 0; b * kBlock < w.keys; ++b) {
+    w.k_ahead[b] = w.k[b];
+    w.v_ahead[b] = w.v[b];
+  }
+  if (item.partial < 0 || of == nullptr) return;
+  const int64_t begin = span_from(a, *of, of->span_begin), to = span_to(*of, of->span_begin);
+  const int64_t from = begin + least(n, (to - begin - 1) / kTile) * kTile;
+  for (int64_t b = 0; b * kBlock < w.keys && from + b * kBlock < to; ++b) {
+    const int64_t at = of->sequence->kv.tile_at(from + b * kBlock, of->kv_head);
+    w.k_ahead[b] = reinterpret_cast<const Stored*>(of->sequence->kv.k + at);
+    w.v_ahead[b] = reinterpret_cast<const Stored*>(of->sequence->kv.v + at);
+  }
+}
+
+template <Math kMath>
+void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* memory) {
   using Query = typename Types<kMath>::Query;
   using Stored = typename Types<kMath>::Stored;
   const AttentionSequence& s = *item.sequence;
@@ -370,26 +408,25 @@ void run_item(const AttentionArgs& a, const Item& item, void* memory) {
   w.o = x.o;
   w.factor = x.factor;
   w.scale = a.scale;
-  const int64_t first = first_key(a, s.start + item.token);
-  const int64_t end = s.start + item.token + item.tokens;  // no key from here on is visible to any row
-  for (int64_t r = 0; r < padded; ++r) x.total_m[r] = kMasked;
-  memset(x.total_l, 0, static_cast<size_t>(padded) * 4);
-  memset(x.total, 0, static_cast<size_t>(rows * hd) * 4);
+  if (item.partial < 0) {
+    for (int64_t r = 0; r < padded; ++r) x.total_m[r] = kMasked;
+    memset(x.total_l, 0, static_cast<size_t>(padded) * 4);
+    memset(x.total, 0, static_cast<size_t>(rows * hd) * 4);
+  }
   for (int64_t span = item.span_begin; span < item.span_end; ++span) {
     for (int64_t r = 0; r < padded; ++r) x.m[r] = kMasked;
     memset(x.l, 0, static_cast<size_t>(padded) * 4);
     memset(x.o, 0, static_cast<size_t>(rows * hd) * 4);
-    const int64_t from = most(span * kSpan, first / kTile * kTile), to = least((span + 1) * kSpan, end);
+    const int64_t from = span_from(a, item, span), to = span_to(item, span);
+    const int64_t tiles = (to - from + kTile - 1) / kTile;
     for (int64_t tile = from; tile < to; tile += kTile) {
       w.keys = least(kTile, to - tile);
       for (int64_t b = 0; b * kBlock < w.keys; ++b) {
-        const int64_t at = ring_block(s.kv, tile + b * kBlock) * s.kv.block_bytes + item.kv_head * s.kv.tile_bytes;
+        const int64_t at = s.kv.tile_at(tile + b * kBlock, item.kv_head);
         w.k[b] = reinterpret_cast<const Stored*>(s.kv.k + at);
         w.v[b] = reinterpret_cast<const Stored*>(s.kv.v + at);
-        if (item.partial >= 0) {
-          for (int64_t i = 0; i < s.kv.tile_bytes; i += 64) prefetch(s.kv.v + at + i);
-        }
       }
+      point_ahead(a, item, next, (tile - from) / kTile, tiles, w);
       in_tiles<kMath, ScoreTile>(w, rows);
       // Maxima first, so that the factors of sixteen rows are one exponential.
       memcpy(x.factor, x.m, static_cast<size_t>(padded) * 4);
@@ -491,15 +528,15 @@ int64_t attention_partial_floats(const AttentionArgs& a) {
 }
 
 void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch) {
-  each_item(a, item_begin, item_end, [&](const Item& item) {
-    if (!a.kv_bf16) {
-      run_item<Math::kF32>(a, item, scratch);
-    } else if (a.bf16_math) {
-      run_item<Math::kBf16>(a, item, scratch);
-    } else {
-      run_item<Math::kWide>(a, item, scratch);
-    }
+  const auto run = !a.kv_bf16 ? run_item<Math::kF32> : a.bf16_math ? run_item<Math::kBf16> : run_item<Math::kWide>;
+  Item item{};
+  bool first = true;
+  each_item(a, item_begin, item_end, [&](const Item& next) {
+    if (!first) run(a, item, next.partial >= 0 ? &next : nullptr, scratch);
+    item = next;
+    first = false;
   });
+  if (!first) run(a, item, nullptr, scratch);
 }
 
 void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end) {

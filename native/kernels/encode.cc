@@ -30,12 +30,8 @@ void encode_group(const float* x, int64_t n, int64_t padded, int8_t* q, float* s
     memcpy(q + i, last, static_cast<size_t>(tail));
     i += tail;
   }
-  memset(q + i, 0, static_cast<size_t>(padded - i));
-  int32_t lanes[16];
-  vi_store(lanes, total);
-  int32_t s = 0;
-  for (int lane = 0; lane < 16; ++lane) s += lanes[lane];
-  *sum = s;
+  if (i < padded) memset(q + i, 0, static_cast<size_t>(padded - i));
+  *sum = vi_sum(total);
 }
 
 }  // namespace

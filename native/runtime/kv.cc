@@ -8,27 +8,27 @@ namespace gm {
 
 KvView::KvView(const KvGeometry& geometry, int64_t capacity) : geometry_(geometry), capacity_(capacity) {
   if (capacity < 1) throw std::invalid_argument("a sequence needs a capacity of at least one token");
-  const int64_t all_blocks = (capacity + kBlockTokens - 1) / kBlockTokens;
+  const int64_t all_spans = (capacity + kSpanTokens - 1) / kSpanTokens;
   for (const KvLayer& layer : geometry_.layers) {
     auto at = std::find_if(ranges_.begin(), ranges_.end(), [&](const Range& r) { return r.window == layer.window; });
     if (at == ranges_.end()) {
       Range r;
       r.window = layer.window;
-      r.ring = geometry_.ring_blocks(layer.window);
+      r.ring = geometry_.ring_spans(layer.window);
       // A window that never fills needs no ring.
-      if (r.ring >= all_blocks) r.ring = 0;
-      r.blocks = r.ring != 0 ? r.ring : all_blocks;
+      if (r.ring >= all_spans) r.ring = 0;
+      r.spans = r.ring != 0 ? r.ring : all_spans;
       ranges_.push_back(r);
       at = ranges_.end() - 1;
     }
     layer_range_.push_back(at - ranges_.begin());
-    layer_offset_.push_back(at->block_bytes);
-    at->block_bytes += geometry_.layer_bytes(layer);
+    layer_offset_.push_back(at->span_bytes);
+    at->span_bytes += geometry_.layer_bytes(layer);
   }
   int64_t total = 0;
   for (Range& r : ranges_) {
     r.offset = total;
-    total += r.blocks * r.block_bytes;
+    total += r.spans * r.span_bytes;
   }
   keys_ = Arena(static_cast<size_t>(total), true);
   values_ = Arena(static_cast<size_t>(total), true);
@@ -36,8 +36,8 @@ KvView::KvView(const KvGeometry& geometry, int64_t capacity) : geometry_(geometr
 
 int64_t KvView::used_bytes() const {
   int64_t total = 0;
-  const int64_t blocks = (length_ + kBlockTokens - 1) / kBlockTokens;
-  for (const Range& r : ranges_) total += 2 * std::min(blocks, r.blocks) * r.block_bytes;
+  const int64_t spans = (length_ + kSpanTokens - 1) / kSpanTokens;
+  for (const Range& r : ranges_) total += 2 * std::min(spans, r.spans) * r.span_bytes;
   return total;
 }
 
@@ -49,7 +49,7 @@ void KvView::truncate(int64_t length) {
   for (const Range& r : ranges_) {
     if (r.ring == 0 || length == 0) continue;
     // Oldest token that the ring still holds, and oldest that the next row will see.
-    const int64_t held = highest_ - (r.ring - 1) * kBlockTokens;
+    const int64_t held = highest_ - (r.ring - 1) * kSpanTokens;
     if (length != length_ && length - (r.window - 1) < held && held > 0) {
       throw std::invalid_argument("cannot truncate to " + std::to_string(length) +
                                   " tokens: the sliding window has moved on");
@@ -70,7 +70,7 @@ KvSegment KvView::segment(int64_t layer) const {
   KvSegment s;
   s.k = keys_.data() + r.offset + layer_offset_[i];
   s.v = values_.data() + r.offset + layer_offset_[i];
-  s.block_bytes = r.block_bytes;
+  s.span_bytes = r.span_bytes;
   s.tile_bytes = geometry_.tile_bytes(geometry_.layers[i]);
   s.ring = r.ring;
   return s;

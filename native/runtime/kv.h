@@ -1,4 +1,4 @@
-// The memory of sequences' keys and values: static ranges per sequence, in the block geometry of the KV cache.
+// The memory of sequences' keys and values: static ranges per sequence, [span of 256 tokens][layer][KV head][256].
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,6 @@
 #include "runtime/arena.h"
 
 namespace gm {
-
-constexpr int64_t kBlockTokens = 16;
 
 // One layer's state. Layers of equal window share a range; window 0 keeps every token.
 struct KvLayer {
@@ -23,11 +21,12 @@ struct KvGeometry {
   int64_t element_bytes = 2;  // bf16, or 4 for f32
   int64_t max_step = 512;     // most tokens of one sequence in one step, for the rings of windowed layers
 
-  int64_t tile_bytes(const KvLayer& l) const { return kBlockTokens * l.head_dim * element_bytes; }
-  int64_t layer_bytes(const KvLayer& l) const { return l.kv_heads * tile_bytes(l); }
-  // Blocks that the ring of a window needs, 0 for a global layer.
-  int64_t ring_blocks(int64_t window) const {
-    return window == 0 ? 0 : (window + max_step + kBlockTokens - 1) / kBlockTokens + 1;
+  int64_t tile_bytes(const KvLayer& l) const { return kTileTokens * l.head_dim * element_bytes; }
+  // Of one span.
+  int64_t layer_bytes(const KvLayer& l) const { return kSpanTokens / kTileTokens * l.kv_heads * tile_bytes(l); }
+  // Spans that the ring of a window needs, 0 for a global layer.
+  int64_t ring_spans(int64_t window) const {
+    return window == 0 ? 0 : (window + max_step + kSpanTokens - 1) / kSpanTokens + 1;
   }
 };
 
@@ -39,7 +38,7 @@ class KvView {
   int64_t capacity() const { return capacity_; }
   int64_t length() const { return length_; }
   int64_t reserved_bytes() const { return static_cast<int64_t>(keys_.bytes() + values_.bytes()); }
-  // Bytes of the blocks that hold tokens.
+  // Bytes of the spans that hold tokens.
   int64_t used_bytes() const;
   // Forgets the tokens from `length` on. Throws std::invalid_argument where a sliding-window ring no longer holds
   // the keys that the shorter sequence would see.
@@ -49,7 +48,7 @@ class KvView {
 
  private:
   struct Range {  // layers of one window
-    int64_t window = 0, ring = 0, blocks = 0, block_bytes = 0, offset = 0;
+    int64_t window = 0, ring = 0, spans = 0, span_bytes = 0, offset = 0;
   };
   KvGeometry geometry_;
   int64_t capacity_ = 0, length_ = 0, highest_ = 0;

@@ -184,16 +184,16 @@ def test_a_truncated_sequence_forgets() -> None:
 def test_the_ring_of_a_window_holds_what_rows_see() -> None:
     layer = Layer(2, 1, 16, window=20, max_step=32)
     native = layer.native(LEVELS[-1])
-    bounded = native.allocate(2000).reserved_bytes
-    assert bounded == native.allocate(200).reserved_bytes
-    inputs = layer.inputs(500)
-    got = layer.run(LEVELS[-1], inputs, tuple(range(30, 500, 30)))
+    bounded = native.allocate(4000).reserved_bytes
+    assert bounded == native.allocate(2000).reserved_bytes
+    inputs = layer.inputs(1500)
+    got = layer.run(LEVELS[-1], inputs, tuple(range(30, 1500, 30)))
     np.testing.assert_allclose(got, layer.oracle(inputs), atol=6e-3)
-    view = native.allocate(500)
-    for begin in range(0, 480, 30):
+    view = native.allocate(1500)
+    for begin in range(0, 1500, 30):
         part = [np.ascontiguousarray(x[begin : begin + 30]) for x in inputs]
         native.run(*part, *layer.rope(), np.zeros((30, 32), np.float32), [view], [30])
-    view.truncate(479)
+    view.truncate(1490)
     with pytest.raises(ValueError, match="window has moved on"):
         view.truncate(100)
 

@@ -167,6 +167,33 @@ inline vf vf_dot_bf16(vf acc, vh w, const uint16_t* a) {
   return vf_fma(vh_even(w), vf_set1(bf16_to_float(a[0])), acc);
 }
 
+inline __m128 fold_sum(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_add_ss(x, _mm_shuffle_ps(x, x, 1));
+}
+inline __m128 fold_max(__m128 x) {
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_max_ss(x, _mm_shuffle_ps(x, x, 1));
+}
+inline __m128i fold_add(__m128i x) {
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+}
+inline float vf_sum(vf x) {
+  const __m256 y = _mm256_add_ps(x.a, x.b);
+  return _mm_cvtss_f32(fold_sum(_mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1))));
+}
+inline float vf_max_lane(vf x) {
+  const __m256 y = _mm256_max_ps(x.a, x.b);
+  return _mm_cvtss_f32(fold_max(_mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1))));
+}
+inline int32_t vi_sum(vi x) {
+  const __m256i y = _mm256_add_epi32(x.a, x.b);
+  return _mm_cvtsi128_si32(fold_add(_mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1))));
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache.
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace gm::GM_LEVEL

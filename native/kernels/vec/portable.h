@@ -232,8 +232,29 @@ inline vf vf_dot_bf16(vf acc, vh w, const uint16_t* a) {
   return vf_fma(vh_even(w), vf_set1(bf16_to_float(a[0])), acc);
 }
 
+// Sum of the sixteen lanes in one order: halves are folded onto each other (8, 4, 2, 1).
+inline float vf_sum(vf a) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  }
+  return a.v[0];
+}
+// The largest lane; of a vector with NaN any lane.
+inline float vf_max_lane(vf a) {
+  float m = a.v[0];
+  GM_EACH m = m < a.v[i] ? a.v[i] : m;
+  return m;
+}
+inline int32_t vi_sum(vi a) {
+  uint32_t s = 0;
+  GM_EACH s += static_cast<uint32_t>(a.v[i]);
+  return static_cast<int32_t>(s);
+}
+
 #undef GM_EACH
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace gm::GM_LEVEL

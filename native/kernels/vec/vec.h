@@ -36,23 +36,6 @@ inline constexpr int kTileRows = GM_TILE_ROWS;
 inline vi vi_dot_nibble(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a); }
 #endif
 
-// Sum of the sixteen lanes in one fixed order: halves are folded onto each other (8, 4, 2, 1).
-inline float vf_sum(vf x) {
-  alignas(64) float v[16];
-  vf_store(v, x);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
-}
-inline float vf_max_lane(vf x) {
-  alignas(64) float v[16];
-  vf_store(v, x);
-  float m = v[0];
-  for (int i = 1; i < 16; ++i) m = m < v[i] ? v[i] : m;
-  return m;
-}
-
 // exp(x), about 1.5 ulp for x in [-87, 88]; below that it is 0, above it is clamped.
 // Cody-Waite reduction by ln 2 in two parts, then a degree-6 polynomial, then the exponent field.
 inline vf vf_exp(vf x) {
