@@ -17,8 +17,9 @@ from tests.kits.files import safetensors_bytes, write_safetensors
 from tests.kits.hostile import MEMORY_LIMIT, assert_refused, traced_peak
 
 KINDS = {
-    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "F16": np.float16,
-    "I32": np.int32, "U32": np.uint32, "F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64,
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16,
+    "F16": np.float16, "I32": np.int32, "U32": np.uint32, "F32": np.float32,
+    "F64": np.float64, "I64": np.int64, "U64": np.uint64,
 }  # fmt: skip
 
 

@@ -170,12 +170,13 @@ def write_gguf(
     parts: int = 1,
     tokenizer: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    extra: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[Path]:
     """Writes a model as GGUF and returns its files.
 
     `kind` is the type of all matrices, or of each by Hugging Face name (F32 where absent). With `parts` above
     1, `path` (x.gguf) becomes x-00001-of-0000N.gguf and so on. `metadata` adds architecture keys as integers,
-    floats, strings or lists.
+    floats, strings or lists; `extra` adds float tensors under GGUF names.
     """
     model_type = of["model_type"]
     arch = {"gemma3_text": "gemma3", "mistral": "llama"}.get(model_type, model_type)
@@ -196,6 +197,8 @@ def write_gguf(
     writer.add_rope_freq_base(of["rope_theta"])
     if model_type in ("mistral", "gemma3_text"):
         writer.add_sliding_window(of["sliding_window"])
+    if "layer_types" in of and "attention.sliding_window_pattern" not in (metadata or {}):
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in of["layer_types"]])
     for key, value in (metadata or {}).items():
         _add(writer, key if "." in key and key.split(".")[0] == "general" else f"{arch}.{key}", value)
     if tokenizer:
@@ -216,6 +219,8 @@ def write_gguf(
         data = encode(chosen, written)
         dtype = None if chosen in ("F32", "F16") else gguf.GGMLQuantizationType[chosen]
         writer.add_tensor(f"{target}.{suffix}", data, raw_dtype=dtype)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -54,7 +54,8 @@ def read_small(path: Path, limit: int) -> bytes:
     try:
         with open(path, "rb", opener=_opener) as file:
             _demand_file(path, file.fileno())
-            data = file.read(limit + 1)
+            # Python takes memory for as many bytes as are asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
     if len(data) > limit:
