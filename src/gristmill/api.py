@@ -69,7 +69,7 @@ def load(
         context = memory.largest_context
     else:
         context = memory.check().context
-    executor = NativeExecutor.load(path, activations=activations, kv_dtype=kv_dtype, threads=threads)
+    executor = NativeExecutor.load(checkpoint, activations=activations, kv_dtype=kv_dtype, threads=threads)
     tokenizer = Tokenizer.load(path)
     generation = path / "generation_config.json"
     defaults = SamplingParams.from_generation_config(read_object(generation) if generation.exists() else {})

@@ -19,7 +19,7 @@ from gristmill.program.nodes import Program
 
 if TYPE_CHECKING:
     from gristmill.formats.packed import Packed
-    from gristmill.io.checkpoint import Extent
+    from gristmill.io.checkpoint import Checkpoint, Extent
 
 ACTIVATIONS = ("exact", "bf16", "fast")
 KV_DTYPES = ("f32", "bf16")
@@ -160,18 +160,21 @@ class NativeExecutor:
     @classmethod
     def load(
         cls,
-        checkpoint_dir: Path,
+        source: Path | Checkpoint,
         *,
         activations: str | None = None,
         kv_dtype: str = "bf16",
         threads: int | None = None,
         level: str | None = None,
     ) -> NativeExecutor:
-        """Opens a checkpoint directory. activations None: `fast` for integer formats, else as stored."""
+        """Loads a checkpoint, given open or by its directory.
+
+        activations None: `fast` for integer formats, else as stored.
+        """
         from gristmill.io.checkpoint import Checkpoint
         from gristmill.models import build_program
 
-        checkpoint = Checkpoint.open(checkpoint_dir)
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         program = build_program(checkpoint.config)
         return cls(
             program,
