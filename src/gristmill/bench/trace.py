@@ -21,7 +21,8 @@ STEPS = (
     ("program", "gristmill.models", "build_program"),
     ("weights and kernels", "gristmill.backends.native.executor", "NativeExecutor.__init__"),
     ("tokenizer", "gristmill.io.tokenizer", "Tokenizer.load"),
-    ("template and prompt", "gristmill.io.tokenizer", "Tokenizer.encode_chat"),
+    ("template", "gristmill.io.chat", "ChatTemplate.__init__"),
+    ("prompt", "gristmill.io.tokenizer", "Tokenizer.encode_chat"),
     ("prefill", "gristmill.backends.native.executor", "NativeExecutor.step"),
 )
 """Phases by name, and the function that each of them is."""
