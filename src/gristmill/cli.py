@@ -1,0 +1,414 @@
+"""The command line: one function per verb, each a thin shell around one public function.
+
+Every verb takes `--json`: the result then is JSON on stdout, and messages and progress go to stderr. What a
+verb needs is imported when it runs, so that `generate` starts fast. Exit codes: `gristmill.terminal.output`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from gristmill.errors import UsageError
+from gristmill.terminal import output
+from gristmill.terminal.progress import Bar
+from gristmill.version import __version__
+
+if TYPE_CHECKING:
+    from gristmill.api import Model
+    from gristmill.engine.result import Result
+
+__all__ = ["app", "main"]
+
+WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
+ACTIVATIONS = ("exact", "bf16", "fast")
+KV_DTYPES = ("bf16", "f32")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The program `gristmill`: runs a command line (None: this process's) and exits."""
+    sys.exit(output.run(lambda: _dispatch(arguments)))
+
+
+def _dispatch(arguments: Sequence[str] | None) -> int:
+    try:
+        code = app.main(arguments, prog_name="gristmill", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx is not None else "gristmill"
+        raise UsageError(f"{error.format_message().rstrip('.')}: try `{path} --help`") from None
+    except click.ClickException as error:
+        raise UsageError(error.format_message()) from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, shown in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+threads_option = click.option(
+    "-t",
+    "--threads",
+    type=int,
+    envvar="GRISTMILL_THREADS",
+    help="Threads to compute with. [default: all that this process may use]",
+)
+
+mode_options = _options(
+    click.option(
+        "-w",
+        "--weights",
+        type=click.Choice(WEIGHTS),
+        default="stored",
+        show_default=True,
+        envvar="GRISTMILL_WEIGHTS",
+        help="Weights as the file stores them, or converted (once, into the cache).",
+    ),
+    click.option(
+        "-a",
+        "--activations",
+        type=click.Choice(ACTIVATIONS),
+        envvar="GRISTMILL_ACTIVATIONS",
+        help="Arithmetic of the linear layers. [default: fast for integer weights, else the weights' own]",
+    ),
+    click.option(
+        "--kv-dtype",
+        type=click.Choice(KV_DTYPES),
+        default="bf16",
+        show_default=True,
+        envvar="GRISTMILL_KV_DTYPE",
+        help="Numbers in the KV cache.",
+    ),
+    threads_option,
+)
+
+model_options = _options(
+    mode_options,
+    click.option(
+        "-c",
+        "--context",
+        type=int,
+        envvar="GRISTMILL_CONTEXT",
+        help="Most tokens of prompt and answer. [default: the model's, or what fits the memory]",
+    ),
+)
+
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "seed",
+    "logprobs",
+)
+
+sampling_options = _options(
+    click.option("-n", "--max-tokens", type=int, help="Most new tokens. [default: up to the context]"),
+    click.option("--temperature", type=float, help="0 to 100; 0 always takes the most probable token."),
+    click.option("--top-k", type=int, help="Draw from the k most probable tokens only; 0: from all."),
+    click.option("--top-p", type=float, help="Draw from the most probable tokens that make up this share."),
+    click.option("--min-p", type=float, help="Drop tokens less probable than this times the best."),
+    click.option("--repetition-penalty", type=float, help="Above 1: against tokens seen already."),
+    click.option("--presence-penalty", type=float, help="-2 to 2: against tokens of the answer, once."),
+    click.option("--frequency-penalty", type=float, help="-2 to 2: against tokens, each time they came."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated."),
+    click.option("--seed", type=int, help="The same seed gives the same text."),
+)
+
+
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the sampling parameters that were given out of a command's options."""
+    given = {name: options.pop(name) for name in SAMPLING if name in options}
+    if "stop" in given:
+        given["stop"] = tuple(output.checked_text(text, "the text of --stop") for text in given["stop"])
+    return {name: value for name, value in given.items() if value is not None and value != ()}
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, message="gristmill %(version)s")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """An LLM inference engine: runs models fast on this machine, and measures what that costs.
+
+    MODEL is a GGUF file, a directory (Hugging Face or checkpoint), a hub name such as owner/repository, or
+    smollm2, the demo model.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(output.USAGE)
+
+
+@app.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
+@sampling_options
+@click.option("--logprobs", type=int, help="Log probabilities of each token and of N others; with --json.")
+@model_options
+@as_json
+def generate(*, model: str, prompt: str, raw: bool, as_json: bool, **options: Any) -> None:
+    """Answer PROMPT, or continue it with --raw. PROMPT - reads standard input."""
+    sampling = _sampling(options)
+    if "logprobs" in sampling and not as_json:
+        raise UsageError("--logprobs needs --json")
+    if prompt == "-":
+        prompt = output.read_stdin("the prompt on standard input")
+        if not raw:
+            prompt = prompt.removesuffix("\n").removesuffix("\r")
+    else:
+        output.checked_text(prompt, "the prompt")
+    _check_sampling(sampling)
+    with Bar() as bar, _load(model, bar, **options) as loaded:
+        bar.close()
+        if as_json:
+            result = loaded.generate(prompt, raw=raw, **sampling)
+            output.show_json(_generated(loaded, result))
+        else:
+            stream = output.Stream()
+            try:
+                loaded.generate(prompt, raw=raw, on_text=stream, **sampling)
+            finally:
+                stream.end()
+
+
+def _check_sampling(sampling: dict[str, Any]) -> None:
+    """Refuses wrong values before a model is loaded, or even converted."""
+    from gristmill.engine.sampling import SamplingParams
+
+    SamplingParams().updated(sampling)
+
+
+def _load(model: str, bar: Bar, **options: Any) -> Model:
+    from gristmill.api import load
+
+    return load(model, progress=bar, **options)
+
+
+def _generated(model: Model, result: Result) -> dict[str, Any]:
+    """What `generate --json` prints."""
+    times = result.timings
+    value: dict[str, Any] = {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "usage": {
+            "prompt_tokens": result.prompt_tokens,
+            "completion_tokens": result.completion_tokens,
+        },
+        "timings": {
+            "load_s": times.load_s,
+            "first_token_s": times.first_token_s,
+            "prefill_tokens_per_s": times.prefill_tokens_per_s,
+            "decode_tokens_per_s": times.decode_tokens_per_s,
+        },
+    }
+    if result.logprobs is not None:
+
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            text = model.tokenizer.decode([token_id], skip_special=False)
+            return {"token_id": token_id, "token": text, "logprob": logprob}
+
+        value["logprobs"] = [
+            {**entry(one.token_id, one.logprob), "top": [entry(*other) for other in one.top]}
+            for one in result.logprobs
+        ]
+    return value
+
+
+class _Counts(click.ParamType[tuple[int, ...]]):
+    """A list of whole numbers from 1, separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            counts = tuple(int(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 128,512", param, ctx)
+        return counts
+
+
+class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
+    """A list of batch x context pairs, such as 1x512,16x64."""
+
+    name = "BxC,BxC,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[int, int], ...]:
+        try:
+            pairs = [part.split("x") for part in value.split(",") if part.strip()]
+            return tuple((int(batch), int(context)) for batch, context in pairs)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of batch x context such as 1x512,16x64", param, ctx)
+
+
+@app.command()
+@click.argument("model")
+@click.option("--startup", is_flag=True, help="Time every phase from process start to first token instead.")
+@click.option("--prefill", type=_Counts(), default="512", show_default=True, help="Prompt lengths.")
+@click.option(
+    "--decode",
+    type=_Shapes(),
+    default="1x512,16x64,16x512",
+    show_default=True,
+    help="Sequences x tokens that each holds at the start.",
+)
+@click.option("--decode-steps", type=int, default=64, show_default=True, help="Tokens generated per run.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Runs; figures are their medians.")
+@mode_options
+@as_json
+def bench(
+    *,
+    model: str,
+    startup: bool,
+    prefill: tuple[int, ...],
+    decode: tuple[tuple[int, int], ...],
+    decode_steps: int,
+    repeats: int,
+    as_json: bool,
+    **modes: Any,
+) -> None:
+    """Measure prefill and decode, the roofline beside them, loading and memory."""
+    from gristmill import bench as measurements
+
+    with Bar() as bar:
+        if startup:
+            result = measurements.startup(model, repeats=repeats, progress=bar, **modes)
+        else:
+            result = measurements.run(
+                model,
+                prefill=prefill,
+                decode=decode,
+                decode_steps=decode_steps,
+                repeats=repeats,
+                progress=bar,
+                **modes,
+            )
+    if as_json:
+        output.show_json(result)
+    else:
+        output.show(measurements.render_startup(result) if startup else measurements.render(result))
+
+
+@app.command()
+@click.argument("model")
+@click.option("--base", help="The model to compare with. [default: MODEL itself]")
+@click.option("--text", type=click.Path(), help="A UTF-8 file. [default: Python's own documentation]")
+@click.option("--tokens", type=int, default=4096, show_default=True, help="How much of the text is read.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens read in one piece.")
+@mode_options
+@click.option(
+    "--base-weights",
+    type=click.Choice(WEIGHTS),
+    default="f32",
+    show_default=True,
+    help="Weights of the base.",
+)
+@click.option(
+    "--base-activations",
+    type=click.Choice(ACTIVATIONS),
+    default="exact",
+    show_default=True,
+    help="Arithmetic of the base.",
+)
+@click.option(
+    "--base-kv-dtype",
+    "base_kv",
+    type=click.Choice(KV_DTYPES),
+    default="f32",
+    show_default=True,
+    help="KV cache of the base.",
+)
+@as_json
+def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
+    """Measure what a mode costs in quality: KL divergence, top-1 agreement, perplexity."""
+    from gristmill import evaluate as quality
+
+    with Bar() as bar:
+        result = quality.run(model, progress=bar, **options)
+    if as_json:
+        output.show_json(result)
+    else:
+        output.show(quality.render(result))
+
+
+@app.command()
+@click.argument("model", required=False)
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    multiple=True,
+    default=("stored",),
+    help="Convert to these weights. May be repeated. [default: stored]",
+)
+@click.option("--list", "listing", is_flag=True, help="List the converted models in the cache.")
+@click.option("--prune", is_flag=True, help="Remove converted models whose source is gone or has changed.")
+@click.option("--all", "everything", is_flag=True, help="With --prune: remove all.")
+@as_json
+def pull(
+    *,
+    model: str | None,
+    weights: tuple[str, ...],
+    listing: bool,
+    prune: bool,
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """Download MODEL and convert it into the cache, without running it; or look after the cache.
+
+    With --prune, MODEL names one entry of --list to remove.
+    """
+    from gristmill.io import hub
+    from gristmill.terminal import tables
+
+    if everything and not prune:
+        raise UsageError("--all goes with --prune")
+    if listing and (prune or model is not None):
+        raise UsageError("--list goes alone")
+    if listing:
+        entries = hub.list_cached()
+    elif prune:
+        if model is not None and (everything or model not in {entry.name for entry in hub.list_cached()}):
+            raise UsageError(f"{model} is not a name in the cache: see `gristmill pull --list`")
+        entries = hub.prune(everything, [model] if model is not None else [])
+    else:
+        if model is None:
+            raise UsageError("name a model to pull, or use --list or --prune")
+        from gristmill.io.convert import prepare
+
+        source = hub.pull(model)
+        with Bar() as bar:
+            paths = {mode: prepare(source.path, mode, bar) for mode in dict.fromkeys(weights)}
+        pulled = tables.pulled(model, source, paths)
+        output.show_json(pulled) if as_json else output.show(tables.pulled_table(pulled))
+        return
+    if as_json:
+        output.show_json([tables.cached(entry) for entry in entries])
+    else:
+        output.show(tables.cached_table(entries, removed=prune))

@@ -1,0 +1,1 @@
+"""What the command line shows and reads: errors in one line, JSON, tables, progress, the chat screen."""

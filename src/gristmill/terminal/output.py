@@ -1,0 +1,142 @@
+"""Standard streams: text in UTF-8, results, JSON, and exit codes that say how it went.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from gristmill.errors import GristmillError, UsageError
+
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+_SHOWN = 700
+"""Most characters of an error's line."""
+
+
+def run(command: Callable[[], int]) -> int:
+    """Runs a command; its exit code. Whatever goes wrong is one line on stderr."""
+    _prepare_streams()
+    try:
+        code = command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _discard_output()
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except UsageError as error:
+        complain(str(error))
+        return USAGE
+    except GristmillError as error:
+        complain(str(error))
+        return FAILED
+    except MemoryError:
+        complain("out of memory")
+        return FAILED
+    except OSError as error:
+        _discard_output()
+        where = f" ({error.filename})" if error.filename is not None else ""
+        complain(f"{error.strerror or error}{where}")
+        return FAILED
+    except Exception as error:
+        if os.environ.get("GRISTMILL_DEBUG"):
+            raise
+        complain(
+            f"this is a bug in gristmill: {type(error).__name__}: {error} (GRISTMILL_DEBUG=1 shows where)"
+        )
+        return FAILED
+    return code
+
+
+def complain(message: str) -> None:
+    """Prints an error as one line on stderr, whatever characters are in it."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    if len(line) > _SHOWN:
+        line = line[: _SHOWN - 4] + " ..."
+    say(f"error: {line}")
+
+
+def say(message: str) -> None:
+    """Prints a message on stderr; silent if nobody reads it."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        # There is nowhere left to say so.
+        return
+
+
+def show_json(value: Any) -> None:
+    """Prints one JSON value on stdout, in ASCII, on one line."""
+    import json
+
+    print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def show(*parts: Any) -> None:
+    """Prints tables and other rich renderables on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+class Stream:
+    """Writes generated text as it comes."""
+
+    def __init__(self) -> None:
+        self._last = "\n"
+
+    def __call__(self, text: str) -> None:
+        """Writes a piece at once."""
+        self._last = text or self._last
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Ends the line, if the text has not."""
+        if not self._last.endswith("\n"):
+            self("\n")
+
+
+def checked_text(text: str, what: str) -> str:
+    """The text; UsageError if the command line or environment gave it in another encoding than UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is not UTF-8 (character {error.start + 1})") from None
+    return text
+
+
+def read_stdin(what: str) -> str:
+    """All of standard input. UsageError if it is not UTF-8."""
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} is not UTF-8 (byte {error.start + 1})") from None
+
+
+def _prepare_streams() -> None:
+    """Characters that the terminal's encoding lacks are shown as `?`; they must not end a generation."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def _discard_output() -> None:
+    """What is still in the buffer of stdout goes nowhere, so that the interpreter can end without a word."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        # No stdout to silence.
+        return

@@ -1,0 +1,81 @@
+"""A progress bar on stderr for work that takes more than two seconds, where stderr is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_LONG_S = 2.0
+"""Work that is expected to take less is not shown."""
+_LOOK_S = 0.3
+"""How much of a piece of work is needed to say how long it will take."""
+
+
+class Bar:
+    """A context manager to be given as `progress` to functions that take long.
+
+    A bar appears when the work of one label, by the pace so far, will have taken over two seconds, and goes
+    when it is done.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._on = sys.stderr.isatty()
+        except (AttributeError, ValueError):
+            self._on = False
+        self._label: str | None = None
+        self._begin = 0.0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """As `gristmill.io.checkpoint.Progress` says."""
+        if not self._on:
+            return
+        now = time.perf_counter()
+        if label != self._label:
+            if self._bar is None:
+                self._begin = now
+            self._label = label
+        if self._bar is None:
+            passed = now - self._begin
+            if passed < _LOOK_S or done <= 0 or passed * total / done < _LONG_S:
+                return
+            self._open(label, total)
+        assert self._bar is not None
+        assert self._task is not None
+        self._bar.update(self._task, description=label, completed=done, total=total)
+
+    def close(self) -> None:
+        """Takes the bar away. Idempotent."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = self._label = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, label: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task(label, total=total)
+        self._bar.start()
