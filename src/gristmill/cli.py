@@ -358,6 +358,70 @@ def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
 
 
 @app.command()
+@click.argument("model")
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    help="Show the model converted to these weights. [default: as the files are; with --program: stored]",
+)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--program", is_flag=True, help="Show the program: every node with its bytes and operations.")
+@click.option("--layers", is_flag=True, help="With --program: show equal layers one by one.")
+@click.option(
+    "--decode",
+    type=_Shapes(),
+    help="With --program: a step of this many sequences x tokens held. [default: 1x512]",
+)
+@click.option("--prefill", type=int, help="With --program: a step of a prompt of this many tokens.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(KV_DTYPES),
+    default="bf16",
+    show_default=True,
+    help="With --program: numbers in the KV cache.",
+)
+@as_json
+def inspect(
+    *,
+    model: str,
+    weights: str | None,
+    tensors: bool,
+    program: bool,
+    layers: bool,
+    decode: tuple[tuple[int, int], ...] | None,
+    prefill: int | None,
+    kv_dtype: str,
+    as_json: bool,
+) -> None:
+    """Show what MODEL is: architecture, sizes, formats, tokenizer; or its program."""
+    from gristmill import inspect as inspection
+    from gristmill.terminal import tables
+
+    if not program and (layers or decode is not None or prefill is not None):
+        raise UsageError("--layers, --decode and --prefill go with --program")
+    if decode is not None and (len(decode) != 1 or prefill is not None):
+        raise UsageError("--program shows one step: give one --decode shape or one --prefill length")
+    with Bar() as bar:
+        if program:
+            found = inspection.program(
+                model,
+                weights=weights or "stored",
+                kv_dtype=kv_dtype,
+                prefill=prefill,
+                decode=decode[0] if decode else (1, 512),
+                collapse=not layers,
+                progress=bar,
+            )
+        else:
+            found = inspection.run(model, weights=weights, progress=bar)
+    if as_json:
+        output.show_json(found)
+    else:
+        output.show(tables.program_table(found) if program else tables.model_table(found, tensors))
+
+
+@app.command()
 @click.argument("model", required=False)
 @click.option(
     "-w",

@@ -15,6 +15,8 @@ from gristmill.errors import GristmillError, UsageError
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 _SHOWN = 700
 """Most characters of an error's line."""
+_UNBROKEN = 240
+"""Columns of a table that does not go to a terminal."""
 
 
 def run(command: Callable[[], int]) -> int:
@@ -82,7 +84,9 @@ def show(*parts: Any) -> None:
     """Prints tables and other rich renderables on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # Where nobody knows the width, lines are not broken: the reader is a file, a pager or a program.
+    wide = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _UNBROKEN
+    console = Console(highlight=False, width=wide)
     for part in parts:
         console.print(part)
 

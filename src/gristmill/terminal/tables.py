@@ -1,4 +1,4 @@
-"""Tables of what is in the cache."""
+"""Tables of what is in the cache and of what a model is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
     from gristmill.io.hub import Cached, Source
@@ -88,3 +88,152 @@ def pulled_table(result: Mapping[str, Any]) -> RenderableType:
     for one in result["checkpoints"]:
         table.add_row(one["weights"], size(one["bytes"]), Text(one["path"]))
     return table
+
+
+def model_table(result: Mapping[str, Any], tensors: bool = False) -> Group:
+    """What `inspect.run` returns; with `tensors`, a line per tensor too."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, show_header=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    for label, value in _facts(result):
+        facts.add_row(label, Text(_printable(value)))
+    formats = plain_table(
+        "format",
+        "tensors",
+        "parameters",
+        "size",
+        "bits/weight",
+        right=("tensors", "parameters", "size", "bits/weight"),
+    )
+    for row in result["formats"]:
+        bits = row["bits_per_weight"]
+        formats.add_row(
+            Text(row["format"]),
+            f"{row['tensors']:,}",
+            f"{row['parameters']:,}",
+            size(row["bytes"]),
+            f"{bits:.2f}" if bits is not None else "",
+        )
+    parts: list[RenderableType] = [facts, Text(), formats]
+    if tensors:
+        table = plain_table("tensor", "format", "shape", "size", right=("shape", "size"))
+        for row in result["tensors"]:
+            shape = " x ".join(str(n) for n in row["shape"])
+            table.add_row(Text(_printable(row["name"])), row["format"], shape, size(row["bytes"]))
+        parts += [Text(), table]
+    return Group(*parts)
+
+
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of every line about a model."""
+    files = result["files"]
+    stored = sum(file["bytes"] for file in files)
+    kinds = {"gguf": "GGUF", "hf": "Hugging Face directory", "checkpoint": "gristmill checkpoint"}
+    place = files[0]["path"] if result["kind"] == "gguf" else str(Path(files[0]["path"]).parent)
+    counted = f"{len(files)} files, " if len(files) > 1 else ""
+    lines = [
+        ("model", result["name"]),
+        ("source", f"{kinds[result['kind']]}, {counted}{size(stored)}: {place}"),
+        ("architecture", result["architecture"]),
+    ]
+    if not result["supported"]:
+        lines.append(("not supported", result["reason"]))
+    bits = result["bits_per_weight"]
+    lines.append(
+        (
+            "weights",
+            f"{result['parameters']:,} parameters, {size(result['weight_bytes'])}"
+            + (f", {bits:.2f} bits per weight" if bits is not None else ""),
+        )
+    )
+    config = result["config"]
+    if config is not None:
+        heads = f"{config['heads']} heads"
+        if config["kv_heads"] != config["heads"]:
+            heads += f" over {config['kv_heads']} of keys and values"
+        lines += [
+            ("layers", f"{config['layers']} of width {config['hidden_size']}"),
+            ("attention", f"{heads}, {config['head_dim']} wide{_windows(config['windows'])}"),
+            ("positions", "; ".join(_rope(rope) for rope in config["ropes"])),
+            ("feed-forward", f"{config['intermediate_size']} wide, {config['activation']}, gated"),
+            ("vocabulary", f"{config['vocab_size']:,}{', head tied' if config['tied'] else ''}"),
+        ]
+        cache = result["kv_bytes_per_token"]
+        lines.append(
+            (
+                "context",
+                f"{config['context']:,} tokens; {size(cache['bf16'])} of bf16 KV per token, "
+                f"{size(cache['bf16'] * config['context'])} in all"
+                + (" if no window bounded it" if len(config["windows"]) > 1 else ""),
+            )
+        )
+    lines.append(("tokenizer", _tokenizer(result["tokenizer"])))
+    return lines
+
+
+def _windows(windows: Sequence[Mapping[str, int]]) -> str:
+    parts = [f"{w['window']} keys in {w['layers']} layers" for w in windows if w["window"]]
+    return f"; sliding window of {', '.join(parts)}" if parts else ""
+
+
+def _rope(rope: Mapping[str, Any]) -> str:
+    if rope.get("type") == "none":
+        return "none"
+    scaling = "" if rope.get("type", "default") == "default" else f", {rope['type']} scaling"
+    factor = f" by {rope['factor']:g}" if scaling and "factor" in rope else ""
+    return f"rotary, theta {rope['theta']:g}{scaling}{factor}"
+
+
+def _tokenizer(tokenizer: Mapping[str, Any] | None) -> str:
+    if tokenizer is None:
+        return "none"
+    if "error" in tokenizer:
+        return f"cannot be read: {tokenizer['error']}"
+    parts = [tokenizer["kind"], f"{tokenizer['vocabulary']:,} tokens"]
+    if "pre_tokenizer" in tokenizer:
+        parts.append(f"pre-tokenizer {tokenizer['pre_tokenizer']}")
+    for name, label in (("bos", "begins with"), ("eos", "ends with")):
+        if tokenizer.get(name):
+            parts.append(f"{label} {' '.join(token['text'] for token in tokenizer[name])}")
+    parts.append("chat template" if tokenizer["chat_template"] else "no chat template")
+    return ", ".join(parts)
+
+
+def _printable(text: str) -> str:
+    """Text of a file without what could move the cursor or change the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def program_table(result: Mapping[str, Any]) -> Group:
+    """What `inspect.program` returns, a line per node."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = plain_table("node", "op", "weights", "details", "Mop", "kB", right=("Mop", "kB"))
+    for row in result["nodes"]:
+        table.add_row(
+            Text(row["name"]),
+            row["op"],
+            Text(row["weights"]),
+            Text(row["details"]),
+            f"{row['operations'] / 1e6:,.2f}",
+            f"{(row['weight_bytes'] + row['state_bytes']) / 1e3:,.1f}",
+        )
+    total = result["total"]
+    table.add_section()
+    table.add_row(
+        "total",
+        "",
+        "",
+        "",
+        f"{total['operations'] / 1e6:,.2f}",
+        f"{(total['weight_bytes'] + total['state_bytes']) / 1e3:,.1f}",
+    )
+    head = Text(
+        f"{result['model']}, weights {result['weights']}, KV {result['kv_dtype']}; one step: {result['step']}"
+    )
+    return Group(head, Text(), table)

@@ -1,0 +1,354 @@
+"""What a model is: architecture, sizes, the format of every tensor, tokenizer, and the program that runs it.
+
+Reads headers only, except where a converted form of the model is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gristmill.errors import GristmillError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from gristmill.io.checkpoint import Progress
+    from gristmill.io.hub import Source
+    from gristmill.models import ModelConfig
+    from gristmill.program.costs import Work
+
+__all__ = ["Tensor", "program", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One stored tensor: shape outermost first, bytes as they lie in the file."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def run(model: str | Path, *, weights: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """A model as plain JSON data, without running it.
+
+    weights: None reads the model as it is; a mode (`stored`, `int4`, ...) its converted form, which is made
+    if it is not in the cache yet.
+
+    Returns model, kind (gguf, hf, checkpoint), name, files, architecture, supported (and reason, if not),
+    config (sizes; None if not supported), parameters, weight_bytes, bits_per_weight (over the matrices),
+    formats (totals per tensor format), kv_bytes_per_token (bf16 and f32, of a token that all layers keep),
+    tokenizer, tensors. A model of an unknown architecture is described as far as its headers go.
+
+    Raises ModelError for what is not a model, or is damaged.
+    """
+    from gristmill.io import hub
+
+    source = hub.resolve(_converted(model, weights, progress) if weights is not None else model)
+    found = {"gguf": _gguf, "hf": _huggingface, "checkpoint": _checkpoint}[source.kind](source)
+    tensors: Sequence[Tensor] = found.pop("tensors")
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    entries = sum(prod(tensor.shape) for tensor in matrices)
+    config, reason = _sizes(found.pop("config"), found.pop("reason", None))
+    return {
+        "model": str(model),
+        "kind": source.kind,
+        **found,
+        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in source.files],
+        "supported": reason is None,
+        **({"reason": reason} if reason is not None else {}),
+        "config": _config(config) if config is not None else None,
+        "parameters": sum(prod(tensor.shape) for tensor in tensors),
+        "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+        "bits_per_weight": 8 * sum(tensor.nbytes for tensor in matrices) / entries if entries else None,
+        "formats": _formats(tensors),
+        "kv_bytes_per_token": _kv_bytes(config) if config is not None else None,
+        "tensors": [
+            {"name": t.name, "format": t.format, "shape": list(t.shape), "bytes": t.nbytes} for t in tensors
+        ],
+    }
+
+
+def program(
+    model: str | Path,
+    *,
+    weights: str = "stored",
+    kv_dtype: str = "bf16",
+    prefill: int | None = None,
+    decode: tuple[int, int] = (1, 512),
+    collapse: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The step program of a model, with the bytes and operations of every node in one step.
+
+    The step is one token for each of a batch of sequences, decode = (batch, context), or, if `prefill` is
+    given, a prompt of that many tokens. Weights count as stored in the mode `weights`, which is converted
+    if it is not in the cache yet. With `collapse`, layers that differ in their number alone are one row.
+
+    Returns model, weights, kv_dtype, step, nodes (in order), total; bytes are those of weights and KV.
+    """
+    from gristmill.io.checkpoint import Checkpoint
+    from gristmill.io.memory import KV_BYTES
+    from gristmill.models import build_program
+    from gristmill.program.costs import Work, describe, step_costs, sum_costs
+
+    if kv_dtype not in KV_BYTES:
+        raise UsageError(f"kv_dtype must be one of {', '.join(KV_BYTES)}, not {kv_dtype!r}")
+    batch, context = decode
+    if batch < 1 or context < 0 or (prefill is not None and prefill < 1):
+        raise UsageError("a step needs at least one sequence or one prompt token")
+    work = Work.decode(batch, context) if prefill is None else Work.prefill(prefill)
+    checkpoint = Checkpoint.open(_converted(model, weights, progress))
+    built = build_program(checkpoint.config)
+    costs = step_costs(
+        built,
+        work,
+        lambda name: sum(extent.nbytes for extent in checkpoint.extents(name).values()),
+        KV_BYTES[kv_dtype],
+    )
+    total = sum_costs(costs)
+    return {
+        "model": str(model),
+        "weights": weights,
+        "kv_dtype": kv_dtype,
+        "step": _step(work, prefill),
+        "nodes": [
+            {
+                "name": row.name,
+                "op": row.op,
+                "count": row.count,
+                "outputs": row.outputs,
+                "weights": row.weights,
+                "details": row.details,
+                "operations": row.cost.operations,
+                "weight_bytes": row.cost.weight_bytes,
+                "state_bytes": row.cost.state_bytes_read + row.cost.state_bytes_written,
+            }
+            for row in describe(built, costs, collapse=collapse)
+        ],
+        "total": {
+            "operations": total.operations,
+            "weight_bytes": total.weight_bytes,
+            "state_bytes": total.state_bytes_read + total.state_bytes_written,
+        },
+    }
+
+
+def _converted(model: str | Path, weights: str, progress: Progress | None) -> Path:
+    from gristmill.io.convert import prepare
+
+    return prepare(model, weights, progress)
+
+
+def _step(work: Work, prefill: int | None) -> str:
+    if prefill is not None:
+        return f"a prompt of {prefill} tokens"
+    batch, context = len(work.lengths), work.contexts[0]
+    if batch == 1:
+        return f"the next token of a sequence of {context}"
+    return f"the next token of each of {batch} sequences of {context}"
+
+
+# ---- the kinds of sources ----------------------------------------------------------------------------------
+
+
+def _gguf(source: Source) -> dict[str, Any]:
+    from gristmill.io.gguf import GgufModel
+    from gristmill.io.gguf_config import translate
+
+    model = GgufModel(list(source.files))
+    config, reason = None, None
+    try:
+        config = translate(model)[0]
+    except ModelError as error:
+        reason = str(error)
+    metadata = model.metadata
+    name, architecture = metadata.get("general.name"), metadata.get("general.architecture")
+    return {
+        "name": _text(name) or source.path.stem,
+        "architecture": _text(architecture) or "unknown",
+        "config": config,
+        "reason": reason,
+        "tokenizer": _gguf_tokenizer(metadata),
+        "tensors": [
+            Tensor(tensor.name, tensor.type.name, tensor.shape, tensor.data.nbytes)
+            for tensor in model.tensors.values()
+        ],
+    }
+
+
+def _gguf_tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return None
+    result: dict[str, Any] = {
+        "kind": _text(metadata.get("tokenizer.ggml.model")) or "unknown",
+        "vocabulary": len(tokens),
+    }
+    if pre := _text(metadata.get("tokenizer.ggml.pre")):
+        result["pre_tokenizer"] = pre
+    for name in ("bos", "eos"):
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            result[name] = [{"id": index, "text": str(tokens[index])}]
+    result["chat_template"] = isinstance(metadata.get("tokenizer.chat_template"), str)
+    return result
+
+
+def _huggingface(source: Source) -> dict[str, Any]:
+    from gristmill.io.json_file import read_object
+    from gristmill.io.safetensors import SafetensorsFile
+
+    config = read_object(source.path / "config.json")
+    quantization = config.get("quantization_config")
+    reason = None
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        reason = f"quantised with {str(method)[:40]}, which cannot be read yet"
+    tensors = []
+    for path in source.files:
+        if path.suffix == ".safetensors":
+            file = SafetensorsFile(path)
+            tensors += [Tensor(n, e.dtype, e.shape, e.nbytes) for n, e in file.entries.items()]
+    return {
+        "name": source.path.name,
+        "architecture": _architecture(config),
+        "config": config,
+        "reason": reason,
+        "tokenizer": _tokenizer(source.path),
+        "tensors": tensors,
+    }
+
+
+def _checkpoint(source: Source) -> dict[str, Any]:
+    from gristmill.io.checkpoint import Checkpoint
+    from gristmill.io.json_file import read_object
+
+    checkpoint = Checkpoint.open(source.path)
+    report = source.path / "report.json"
+    name = read_object(report).get("model") if report.is_file() else None
+    tensors = []
+    for tensor in checkpoint.names():
+        nbytes = sum(extent.nbytes for extent in checkpoint.extents(tensor).values())
+        spec = checkpoint.specs.get(tensor)
+        if spec is None:
+            tensors.append(Tensor(tensor, "f32", checkpoint.vector(tensor).shape, nbytes))
+        else:
+            tensors.append(Tensor(tensor, _format(spec.to_json()), spec.shape, nbytes))
+    return {
+        "name": _text(name) or source.path.name,
+        "architecture": _architecture(checkpoint.config),
+        "config": checkpoint.config,
+        "tokenizer": _tokenizer(source.path),
+        "tensors": tensors,
+    }
+
+
+def _format(spec: Mapping[str, Any]) -> str:
+    """The format of a packed matrix in a few words: `int4, group 32, min`."""
+    if "bits" not in spec:
+        return str(spec["format"])
+    return f"int{spec['bits']}, group {spec['group']}" + (", min" if spec.get("mins") else "")
+
+
+def _tokenizer(directory: Path) -> dict[str, Any] | None:
+    """The tokenizer of a directory; None without one, its error where it cannot be read."""
+    from gristmill.io.tokenizer import Tokenizer
+
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except ModelError as error:
+        return {"error": str(error)}
+
+    def entry(index: int) -> dict[str, Any]:
+        return {"id": index, "text": tokenizer.decode([index], skip_special=False)}
+
+    result: dict[str, Any] = {"kind": "tokenizer.json", "vocabulary": tokenizer.vocab_size}
+    if tokenizer.bos_token_id is not None:
+        result["bos"] = [entry(tokenizer.bos_token_id)]
+    result["eos"] = [entry(index) for index in sorted(tokenizer.eos_token_ids)]
+    result["chat_template"] = tokenizer.template_source is not None
+    return result
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------
+
+
+def _sizes(config: Mapping[str, Any] | None, reason: str | None) -> tuple[ModelConfig | None, str | None]:
+    """The validated config, and why the model cannot run, if so."""
+    from gristmill.models import read_config
+
+    if config is None:
+        return None, reason
+    try:
+        return read_config(config), reason
+    except GristmillError as error:
+        return None, reason or str(error)
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        return named[0]
+    return _text(config.get("model_type")) or "unknown"
+
+
+def _config(config: ModelConfig) -> dict[str, Any]:
+    windows: dict[int, int] = {}
+    for window in config.windows:
+        windows[window] = windows.get(window, 0) + 1
+    ropes: list[dict[str, Any]] = []
+    for rope in config.ropes:
+        value = dict(rope) if rope is not None else {"type": "none"}
+        if value not in ropes:
+            ropes.append(value)
+    return {
+        "layers": config.layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context": config.max_positions,
+        "activation": config.activation,
+        "norm_eps": config.norm_eps,
+        "tied": config.tied,
+        "windows": [{"window": window, "layers": count} for window, count in windows.items()],
+        "ropes": ropes,
+    }
+
+
+def _formats(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.format, []).append(tensor)
+    result = []
+    for name, members in groups.items():
+        count, nbytes = sum(prod(t.shape) for t in members), sum(t.nbytes for t in members)
+        result.append(
+            {
+                "format": name,
+                "tensors": len(members),
+                "parameters": count,
+                "bytes": nbytes,
+                "bits_per_weight": 8 * nbytes / count if count else None,
+            }
+        )
+    return sorted(result, key=lambda row: -row["bytes"])
+
+
+def _kv_bytes(config: ModelConfig) -> dict[str, int]:
+    from gristmill.io.memory import KV_BYTES
+
+    elements = 2 * config.kv_heads * config.head_dim * config.layers
+    return {name: elements * size for name, size in KV_BYTES.items()}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
