@@ -14,12 +14,11 @@ import click
 
 from gristmill.errors import UsageError
 from gristmill.terminal import output
-from gristmill.terminal.progress import Bar
+from gristmill.terminal.progress import Bar, PromptBar
 from gristmill.version import __version__
 
 if TYPE_CHECKING:
     from gristmill.api import Model
-    from gristmill.engine.result import Result
 
 __all__ = ["app", "main"]
 
@@ -183,15 +182,39 @@ def generate(*, model: str, prompt: str, raw: bool, as_json: bool, **options: An
     _check_sampling(sampling)
     with Bar() as bar, _load(model, bar, **options) as loaded:
         bar.close()
-        if as_json:
-            result = loaded.generate(prompt, raw=raw, **sampling)
-            output.show_json(_generated(loaded, result))
-        else:
-            stream = output.Stream()
+        stream = None if as_json else output.Stream()
+        with PromptBar() as prompt_bar:
             try:
-                loaded.generate(prompt, raw=raw, on_text=stream, **sampling)
+                result = loaded.generate(prompt, raw=raw, on_text=stream, on_prompt=prompt_bar, **sampling)
             finally:
-                stream.end()
+                if stream is not None:
+                    stream.end()
+        if as_json:
+            output.show_json(output.result_json(loaded, result))
+
+
+@app.command()
+@click.argument("model")
+@click.option("--system", metavar="TEXT", help="The system message.")
+@click.option("--no-history", is_flag=True, help="Do not keep the lines typed for the next chat.")
+@sampling_options
+@model_options
+@as_json
+def chat(*, model: str, system: str | None, no_history: bool, as_json: bool, **options: Any) -> None:
+    """Talk with MODEL; /help lists the commands. Each line of piped input is a turn."""
+    sampling = _sampling(options)
+    if system is not None:
+        output.checked_text(system, "the system message")
+    _check_sampling(sampling)
+    with Bar() as bar, _load(model, bar, **options) as loaded:
+        bar.close()
+        from gristmill.terminal.chat import Chat
+
+        screen = Chat(loaded, system=system, sampling=sampling, as_json=as_json, history=not no_history)
+        try:
+            screen.run()
+        finally:
+            screen.close()
 
 
 def _check_sampling(sampling: dict[str, Any]) -> None:
@@ -205,36 +228,6 @@ def _load(model: str, bar: Bar, **options: Any) -> Model:
     from gristmill.api import load
 
     return load(model, progress=bar, **options)
-
-
-def _generated(model: Model, result: Result) -> dict[str, Any]:
-    """What `generate --json` prints."""
-    times = result.timings
-    value: dict[str, Any] = {
-        "text": result.text,
-        "finish_reason": result.finish_reason,
-        "usage": {
-            "prompt_tokens": result.prompt_tokens,
-            "completion_tokens": result.completion_tokens,
-        },
-        "timings": {
-            "load_s": times.load_s,
-            "first_token_s": times.first_token_s,
-            "prefill_tokens_per_s": times.prefill_tokens_per_s,
-            "decode_tokens_per_s": times.decode_tokens_per_s,
-        },
-    }
-    if result.logprobs is not None:
-
-        def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            text = model.tokenizer.decode([token_id], skip_special=False)
-            return {"token_id": token_id, "token": text, "logprob": logprob}
-
-        value["logprobs"] = [
-            {**entry(one.token_id, one.logprob), "top": [entry(*other) for other in one.top]}
-            for one in result.logprobs
-        ]
-    return value
 
 
 class _Counts(click.ParamType[tuple[int, ...]]):

@@ -8,15 +8,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gristmill.errors import GristmillError, UsageError
+
+if TYPE_CHECKING:
+    from gristmill.api import Model
+    from gristmill.engine.result import Result
 
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 _SHOWN = 700
 """Most characters of an error's line."""
 _UNBROKEN = 240
 """Columns of a table that does not go to a terminal."""
+_SHOWN_CONTROLS = {
+    code: chr(0x2400 + code) if code < 32 else "\ufffd"
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\n\t"
+}
 
 
 def run(command: Callable[[], int]) -> int:
@@ -92,14 +101,20 @@ def show(*parts: Any) -> None:
 
 
 class Stream:
-    """Writes generated text as it comes."""
+    """Writes generated text as it comes.
+
+    On a terminal, control characters are shown instead of obeyed: a model may write anything.
+    """
 
     def __init__(self) -> None:
         self._last = "\n"
+        self._terminal = sys.stdout.isatty()
 
     def __call__(self, text: str) -> None:
         """Writes a piece at once."""
         self._last = text or self._last
+        if self._terminal and not text.isprintable():
+            text = text.translate(_SHOWN_CONTROLS)
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -107,6 +122,43 @@ class Stream:
         """Ends the line, if the text has not."""
         if not self._last.endswith("\n"):
             self("\n")
+
+
+def dim(text: str) -> str:
+    """A note, in grey where stderr is a terminal with colours."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty():
+        return text
+    return f"\x1b[2m{text}\x1b[0m"
+
+
+def result_json(model: Model, result: Result) -> dict[str, Any]:
+    """What `--json` says of one generation."""
+    times = result.timings
+    value: dict[str, Any] = {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "usage": {
+            "prompt_tokens": result.prompt_tokens,
+            "completion_tokens": result.completion_tokens,
+        },
+        "timings": {
+            "load_s": times.load_s,
+            "first_token_s": times.first_token_s,
+            "prefill_tokens_per_s": times.prefill_tokens_per_s,
+            "decode_tokens_per_s": times.decode_tokens_per_s,
+        },
+    }
+    if result.logprobs is not None:
+
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            text = model.tokenizer.decode([token_id], skip_special=False)
+            return {"token_id": token_id, "token": text, "logprob": logprob}
+
+        value["logprobs"] = [
+            {**entry(one.token_id, one.logprob), "top": [entry(*other) for other in one.top]}
+            for one in result.logprobs
+        ]
+    return value
 
 
 def checked_text(text: str, what: str) -> str:

@@ -79,3 +79,26 @@ class Bar:
         )
         self._task = self._bar.add_task(label, total=total)
         self._bar.start()
+
+
+class PromptBar:
+    """A bar for the computing of a long prompt: a context manager to be given as `on_prompt`."""
+
+    def __init__(self) -> None:
+        self._bar = Bar()
+
+    def __call__(self, done: int, total: int) -> None:
+        """The bar goes when all is done, before the first text is written."""
+        if done < total:
+            self._bar("reading the prompt", done, total)
+        else:
+            self._bar.close()
+
+    def __enter__(self) -> PromptBar:
+        self(0, 1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
