@@ -135,20 +135,22 @@ class Model:
         *,
         raw: bool = False,
         on_text: Callable[[str], None] | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
         cancel: CancelFlag | None = None,
         **sampling: Any,
     ) -> Result:
         """Continues a prompt.
 
         A text becomes the user's message of the model's chat template, unless `raw` is set or there is no
-        template; token ids are taken as they are. on_text gets the text piece by piece. cancel.set(), from
-        any thread, ends the call with what there is. `sampling` are fields of SamplingParams in place of the
+        template; token ids are taken as they are. on_text gets the text piece by piece, and before it
+        on_prompt(done, total) the count of prompt tokens computed. cancel.set(), from any thread, ends the
+        call with what there is. `sampling` are fields of SamplingParams in place of the
         model's defaults. Raises UsageError for wrong values, and for a prompt that is longer than the
         context.
         """
         started = time.perf_counter()
         one = self._begin(prompt, raw, self.defaults.updated(sampling), started)
-        one.on_text = on_text
+        one.on_text, one.on_prompt = on_text, on_prompt
         self._engine.run([one], cancel)
         return one.result()
 
@@ -162,14 +164,15 @@ class Model:
     ) -> list[Result]:
         """Continues several prompts together: the results of `generate` for each, in their order.
 
-        All run in one batch, each step as long as any is unfinished; with a seed, all use it.
+        As many as memory allows, up to 64, run in one batch; others follow as they finish. With a seed, all
+        use it.
         """
         if isinstance(prompts, (str, bytes)):
             raise UsageError("generate_batch takes a list of prompts")
         started = time.perf_counter()
         params = self.defaults.updated(sampling)
         several = [self._begin(prompt, raw, params, started) for prompt in prompts]
-        self._engine.run(several, cancel)
+        self._engine.run(several, cancel, at_once=self._fitting(several))
         return [one.result() for one in several]
 
     def chat(
@@ -177,6 +180,7 @@ class Model:
         messages: Sequence[Message],
         *,
         on_text: Callable[[str], None] | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
         cancel: CancelFlag | None = None,
         **sampling: Any,
     ) -> Result:
@@ -187,7 +191,7 @@ class Model:
         """
         started = time.perf_counter()
         one = self._begin_chat(messages, self.defaults.updated(sampling), started)
-        one.on_text = on_text
+        one.on_text, one.on_prompt = on_text, on_prompt
         self._engine.run([one], cancel)
         return one.result()
 
@@ -250,6 +254,15 @@ class Model:
         plain = raw or not isinstance(prompt, str) or self.chat_template is None
         return self._engine.begin(self.prompt_ids(prompt, raw=raw), params, started=started, continues=plain)
 
+    def _fitting(self, several: Sequence[Generation]) -> int:
+        """How many of the sequences can grow to their ends in the memory there is; at least one is tried."""
+        from gristmill.io import memory
+
+        longest = max((one.capacity for one in several), default=1)
+        there_is = memory.available_memory()
+        each = memory.plan(self.executor.program, 0, self.kv_dtype, longest, available=there_is).kv_bytes
+        return max(1, (there_is[0] - memory.RESERVE) // each)
+
     def _begin_chat(self, messages: Sequence[Message], params: SamplingParams, started: float) -> Generation:
         return self._engine.begin(self.chat_ids(messages), params, started=started)
 
@@ -298,6 +311,7 @@ class ChatSession:
         text: str,
         *,
         on_text: Callable[[str], None] | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
         cancel: CancelFlag | None = None,
         **sampling: Any,
     ) -> Result:
@@ -317,7 +331,7 @@ class ChatSession:
         if view is None:
             view = self._view = model.executor.allocate(model.context)
         one.keep(view, kept)
-        one.on_text = on_text
+        one.on_text, one.on_prompt = on_text, on_prompt
         try:
             model._engine.run([one], cancel)
         finally:

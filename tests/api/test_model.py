@@ -114,6 +114,26 @@ def test_a_batch_equals_each_alone(model: Model, sampling: dict[str, Any]) -> No
         assert model.generate(prompt, raw=True, max_tokens=24, **sampling).token_ids == result.token_ids
 
 
+def test_a_batch_that_memory_cannot_hold_at_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gristmill.io import memory
+
+    expected = [result.token_ids for result in model.generate_batch(PROMPTS, raw=True, max_tokens=3)]
+    views: list[int] = []
+    allocate = model.executor.allocate
+    monkeypatch.setattr(model.executor, "allocate", lambda n: (views.append(n), allocate(n))[1])
+    steps: list[int] = []
+    step = model.executor.step
+    monkeypatch.setattr(
+        model.executor, "step", lambda batch, cancel: (steps.append(len(batch.views)), step(batch, cancel))[1]
+    )
+    # 16 tokens of every layer are 368,640 bytes.
+    monkeypatch.setattr(memory, "available_memory", lambda: (memory.RESERVE + 2 * 368_640, "free memory"))
+    found = model.generate_batch(PROMPTS, raw=True, max_tokens=3)
+    assert [result.token_ids for result in found] == expected
+    assert len(views) == len(PROMPTS)
+    assert max(steps) == 2
+
+
 def test_different_seeds_differ_and_the_same_seed_repeats(model: Model) -> None:
     def text(seed: int) -> str:
         return model.generate(QUESTION, max_tokens=30, temperature=1.2, seed=seed).text

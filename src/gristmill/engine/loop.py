@@ -82,6 +82,8 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.on_text: Callable[[str], None] | None = None
         """Called with every new piece of text, in the thread that runs the steps."""
+        self.on_prompt: Callable[[int, int], None] | None = None
+        """Called as the prompt is computed, with the tokens done and all of them."""
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.view: KVView | None = None
         self.computed = 0
@@ -303,9 +305,15 @@ class Engine:
             load_s=self._load_s,
         )
 
-    def run(self, sequences: Sequence[Generation], cancel: CancelFlag | None = None) -> None:
-        """Runs sequences to their ends. Their memory is given back in any case."""
-        steps = self.steps(sequences, cancel)
+    def run(
+        self,
+        sequences: Sequence[Generation],
+        cancel: CancelFlag | None = None,
+        *,
+        at_once: int | None = None,
+    ) -> None:
+        """Runs sequences to their ends, at most `at_once` together. Their memory is given back anyway."""
+        steps = self.steps(sequences, cancel, at_once=at_once)
         try:
             for _ in steps:
                 pass
@@ -313,7 +321,11 @@ class Engine:
             steps.close()
 
     def steps(
-        self, sequences: Sequence[Generation], cancel: CancelFlag | None = None
+        self,
+        sequences: Sequence[Generation],
+        cancel: CancelFlag | None = None,
+        *,
+        at_once: int | None = None,
     ) -> Generator[None, None, None]:
         """`run`, one step at a time. Close the generator if you leave it early.
 
@@ -321,6 +333,7 @@ class Engine:
         step, and then has its usual effect: KeyboardInterrupt, unless the program handles it otherwise.
         """
         flag = CancelFlag() if cancel is None else cancel
+        most = min(self._max_sequences, at_once or self._max_sequences)
         waiting = deque(one for one in sequences if not one.finished)
         filling: list[Generation] = []
         decoding: list[Generation] = []
@@ -328,7 +341,7 @@ class Engine:
         clock = time.perf_counter
         try:
             while True:
-                while waiting and len(filling) + len(decoding) < self._max_sequences:
+                while waiting and len(filling) + len(decoding) < most:
                     one = waiting.popleft()
                     if one.view is None:
                         one.view = self.executor.allocate(one.capacity)
@@ -341,6 +354,8 @@ class Engine:
                 now = clock()
                 for one, n in step.prompts:
                     one.computed += n
+                    if one.on_prompt is not None:
+                        one.on_prompt(one.computed, len(one.prompt))
                 changed = False
                 for one, token in zip(step.drawing, step.drawn.tolist(), strict=True):
                     if not one.accept(token, now):
