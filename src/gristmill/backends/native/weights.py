@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from gristmill.backends.native import _native
 from gristmill.errors import ModelError
+from gristmill.io.memory import available_memory
 
 if TYPE_CHECKING:
     from gristmill.formats.packed import Packed
@@ -50,7 +50,7 @@ class WeightStore:
         self, packed: Iterable[Packed], extents: Callable[[str], Mapping[str, Extent]] | None = None
     ) -> None:
         total = sum((a.nbytes + _ALIGN - 1) // _ALIGN * _ALIGN for p in packed for a in _arrays(p))
-        self.in_arena = total * 4 < psutil.virtual_memory().available
+        self.in_arena = total * 4 < available_memory()[0]
         self._arena = _native.WeightArena(total + _ALIGN) if self.in_arena else None
         self._extents = extents
         self._kept: list[NDArray[np.generic]] = []
