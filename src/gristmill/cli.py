@@ -6,6 +6,7 @@ verb needs is imported when it runs, so that `generate` starts fast. Exit codes:
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -35,9 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _dispatch(arguments: Sequence[str] | None) -> int:
+    if "_GRISTMILL_COMPLETE" in os.environ:
+        app.main(prog_name="gristmill")  # the shell asks for completions
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app.main(arguments, prog_name="gristmill", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # Not `app.main`, which has its own ideas about interrupts and broken pipes.
+        with app.make_context("gristmill", words) as context:
+            app.invoke(context)
+        return 0
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else "gristmill"
         raise UsageError(f"{error.format_message().rstrip('.')}: try `{path} --help`") from None
