@@ -131,8 +131,8 @@ class Chat:
                     "dropped_turns": result.dropped_turns,
                 }
             )
-        for note in self._notes(result):
-            output.say(output.dim(f"[{note}]"))
+        if notes := "; ".join(self._notes(result)):
+            output.say(output.dim(f"[{notes}]"))
 
     def _notes(self, result: Result) -> Iterator[str]:
         if result.dropped_turns:
