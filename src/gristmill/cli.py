@@ -467,6 +467,8 @@ def pull(
             raise UsageError("name a model to pull, or use --list or --prune")
         from gristmill.io.convert import prepare
 
+        if sys.stderr.isatty():
+            output.say(output.dim(f"[getting {model}]"))
         source = hub.pull(model)
         with Bar() as bar:
             paths = {mode: prepare(source.path, mode, bar) for mode in dict.fromkeys(weights)}

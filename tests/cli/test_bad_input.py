@@ -174,7 +174,7 @@ def no_tokenizer(place: Path) -> Path:
         (empty_file, "is not a GGUF file"),
         (empty_directory, "no config.json"),
         (truncated_gguf, "truncated"),
-        (truncated_gguf_header, "truncated"),
+        (truncated_gguf_header, "cannot fit"),
         (gguf_of_terabytes, "truncated"),
         (gguf_counts_of_terabytes, ""),
         (gguf_string_of_terabytes, "damaged"),

@@ -151,6 +151,26 @@ def test_output_that_cannot_be_written(gristmill: Gristmill) -> None:
     assert errors == b"error: No space left on device\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
+def test_closed_streams(gristmill: Gristmill, closed: str) -> None:
+    command = f'exec "{sys.executable}" -m gristmill generate smollm2 "$0" -n 2 {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, "x"], env=gristmill.environment, capture_output=True, check=False, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert bool(done.stdout) == (">&-" not in closed.split())
+    done = subprocess.run(
+        ["sh", "-c", command, "x" * 9 + "\udcff"],
+        env=gristmill.environment,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stdout == b""
+
+
 def test_characters_that_the_encoding_lacks(gristmill: Gristmill) -> None:
     text = gristmill.text(
         "generate", "smollm2", "Repeat: 水", "-n", "12", PYTHONIOENCODING="ascii", PYTHONUTF8="0"

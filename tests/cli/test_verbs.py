@@ -188,8 +188,11 @@ def test_bench(gristmill: Gristmill) -> None:
 
 
 def test_bench_of_the_start(gristmill: Gristmill) -> None:
-    found = gristmill.json("bench", "smollm2", "--startup", "--repeats", "1")
+    found = gristmill.json("bench", "smollm2", "--startup", "--repeats", "1", "--threads", "2")
     assert found["first_token_s"] > 0
+    # What the interpreter, its packages and the buffers may take beside the weights.
+    weights = gristmill.json("inspect", "smollm2", "--weights", "stored")["weight_bytes"]
+    assert weights < found["peak_rss_bytes"] < weights + 150e6
     names = {phase["name"] for phase in found["phases"]}
     assert {"interpreter", "imports", "tokenizer", "weights and kernels", "prefill", "other"} <= names
 

@@ -180,11 +180,19 @@ def read_stdin(what: str) -> str:
 
 
 def _prepare_streams() -> None:
-    """Characters that the terminal's encoding lacks are shown as `?`; they must not end a generation."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    """What is written to a closed stream goes nowhere; a character that the encoding lacks is shown as `?`.
+
+    The hub's library would draw bars wherever stderr goes, and log every attempt.
+    """
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _discard_output() -> None:
