@@ -161,7 +161,8 @@ def app(context: click.Context) -> None:
     """An LLM inference engine: runs models fast on this machine, and measures what that costs.
 
     MODEL is a GGUF file, a directory (Hugging Face or checkpoint), a hub name such as owner/repository, or
-    smollm2, the demo model.
+    smollm2, the demo model. Options that every verb shares can also be set by the environment:
+    GRISTMILL_WEIGHTS, GRISTMILL_ACTIVATIONS, GRISTMILL_KV_DTYPE, GRISTMILL_THREADS, GRISTMILL_CONTEXT.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
@@ -209,7 +210,13 @@ def generate(*, model: str, prompt: str, raw: bool, as_json: bool, **options: An
 @model_options
 @as_json
 def chat(*, model: str, system: str | None, no_history: bool, as_json: bool, **options: Any) -> None:
-    """Talk with MODEL; /help lists the commands. Each line of piped input is a turn."""
+    """Talk with MODEL; /help lists the commands.
+
+    The keys and values of earlier turns are kept, so that a turn costs only its own tokens. When the
+    conversation outgrows the context, its oldest turns are forgotten, never the system message, until the
+    prompt takes up half the context at most. Each line of piped input is a turn; with --json each answer is
+    one line of JSON.
+    """
     sampling = _sampling(options)
     if system is not None:
         output.checked_text(system, "the system message")
@@ -294,7 +301,11 @@ def bench(
     as_json: bool,
     **modes: Any,
 ) -> None:
-    """Measure prefill and decode, the roofline beside them, loading and memory."""
+    """Measure MODEL's speed on this machine.
+
+    Prefill and decode with the roofline beside them, loading and memory; or, with --startup, every phase from
+    process start to first token.
+    """
     from gristmill import bench as measurements
 
     with Bar() as bar:
@@ -347,7 +358,10 @@ def bench(
 )
 @as_json
 def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
-    """Measure what a mode costs in quality: KL divergence, top-1 agreement, perplexity."""
+    """Measure what a mode costs in quality.
+
+    KL divergence, top-1 agreement and perplexity against a base, over the same text.
+    """
     from gristmill import evaluate as quality
 
     with Bar() as bar:
@@ -395,7 +409,11 @@ def inspect(
     kv_dtype: str,
     as_json: bool,
 ) -> None:
-    """Show what MODEL is: architecture, sizes, formats, tokenizer; or its program."""
+    """Show what MODEL is, or its program.
+
+    Architecture, sizes, tensor formats and tokenizer are read from the files' headers. --program converts
+    the model and shows every node with its bytes and operations.
+    """
     from gristmill import inspect as inspection
     from gristmill.terminal import tables
 
@@ -445,9 +463,10 @@ def pull(
     everything: bool,
     as_json: bool,
 ) -> None:
-    """Download MODEL and convert it into the cache, without running it; or look after the cache.
+    """Get MODEL into the cache, or tidy the cache.
 
-    With --prune, MODEL names one entry of --list to remove.
+    Downloads the model, unless it is on this machine, and converts it, without running it. With
+    --prune, MODEL names one entry of --list to remove.
     """
     from gristmill.io import hub
     from gristmill.terminal import tables

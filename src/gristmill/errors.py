@@ -1,7 +1,7 @@
 """Errors that gristmill reports in one line.
 
 The command line prints the message of a `GristmillError` and exits with status 1, or 2 for a `UsageError`.
-Anything else that escapes is a bug and keeps its traceback.
+Anything else that escapes is a bug: one line, too, but a traceback if GRISTMILL_DEBUG is set.
 """
 
 from __future__ import annotations

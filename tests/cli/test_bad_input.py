@@ -243,6 +243,15 @@ def test_a_wrong_option_is_found_before_the_model_is_looked_for(gristmill: Grist
     assert "top_p" in gristmill.refused(2, "generate", "nothing", "x", "--top-p", "7")
 
 
+def test_the_installed_command_is_this_program() -> None:
+    from importlib.metadata import entry_points
+
+    from gristmill import cli
+
+    (script,) = entry_points(group="console_scripts", name="gristmill")
+    assert script.load() is cli.main
+
+
 def test_wrong_command_lines(gristmill: Gristmill) -> None:
     assert "no such command" in gristmill.refused(2, "grind", "smollm2").lower()
     assert "missing argument" in gristmill.refused(2, "generate", "smollm2").lower()

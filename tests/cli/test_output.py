@@ -48,6 +48,12 @@ def test_a_pipe_gets_the_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pipe.getvalue() == "\x1b[31m\n"
 
 
+def test_json_holds_no_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch, "stdout")
+    output.show_json({"a": [1.5, float("nan"), (float("-inf"), "水", None, True)]})
+    assert screen.getvalue() == '{"a": [1.5, null, [null, "\\u6c34", null, true]]}\n'
+
+
 def test_nothing_written_ends_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = terminal(monkeypatch, "stdout")
     output.Stream().end()

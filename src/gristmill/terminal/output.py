@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 141 the r
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -83,10 +84,22 @@ def say(message: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Prints one JSON value on stdout, in ASCII, on one line."""
+    """Prints one JSON value on stdout, in ASCII, on one line; numbers that are not finite become null."""
     import json
 
-    print(json.dumps(value, allow_nan=False), flush=True)
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value))
+    print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(*parts: Any) -> None:
