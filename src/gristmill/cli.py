@@ -245,43 +245,33 @@ def _load(model: str, bar: Bar, **options: Any) -> Model:
     return load(model, progress=bar, **options)
 
 
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """A list of whole numbers from 1, separated by commas."""
-
-    name = "N,N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        try:
-            counts = tuple(int(part) for part in value.split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 128,512", param, ctx)
-        return counts
+def _counts(text: str) -> tuple[int, ...]:
+    """A list of whole numbers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 128,512") from None
 
 
-class _Shapes(click.ParamType[tuple[tuple[int, int], ...]]):
-    """A list of batch x context pairs, such as 1x512,16x64."""
-
-    name = "BxC,BxC,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[int, int], ...]:
-        try:
-            pairs = [part.split("x") for part in value.split(",") if part.strip()]
-            return tuple((int(batch), int(context)) for batch, context in pairs)
-        except ValueError:
-            self.fail(f"{value!r} is not a list of batch x context such as 1x512,16x64", param, ctx)
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """A list of batch x context pairs."""
+    try:
+        pairs = [part.split("x") for part in text.split(",") if part.strip()]
+        return tuple((int(batch), int(context)) for batch, context in pairs)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of batch x context such as 1x512,16x64") from None
 
 
 @app.command()
 @click.argument("model")
 @click.option("--startup", is_flag=True, help="Time every phase from process start to first token instead.")
-@click.option("--prefill", type=_Counts(), default="512", show_default=True, help="Prompt lengths.")
+@click.option(
+    "--prefill", type=_counts, metavar="N,N,...", default="512", show_default=True, help="Prompt lengths."
+)
 @click.option(
     "--decode",
-    type=_Shapes(),
+    type=_shapes,
+    metavar="BxC,BxC,...",
     default="1x512,16x64,16x512",
     show_default=True,
     help="Sequences x tokens that each holds at the start.",
@@ -385,7 +375,8 @@ def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
 @click.option("--layers", is_flag=True, help="With --program: show equal layers one by one.")
 @click.option(
     "--decode",
-    type=_Shapes(),
+    type=_shapes,
+    metavar="BxC",
     help="With --program: a step of this many sequences x tokens held. [default: 1x512]",
 )
 @click.option("--prefill", type=int, help="With --program: a step of a prompt of this many tokens.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gristmill.terminal.chat import parse_value
+from gristmill.engine.result import Result, Timings
+from gristmill.terminal.chat import Chat, parse_value
 from tests.cli.conftest import PROGRAM, Gristmill, matches
 from tests.cli.terminal import Terminal
 from tests.cli.test_generate import GENERATED
@@ -123,6 +125,21 @@ def test_typed_values(name: str, text: str, value: Any) -> None:
     found = parse_value(name, text)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(("tokens", "left"), [([], 0), ([5], 2)])
+def test_a_turn_stopped_before_its_answer_began_is_forgotten(tokens: list[int], left: int) -> None:
+    class Session:
+        messages: list[Any] = []  # noqa: RUF012
+
+        def send(self, text: str, **options: Any) -> Result:
+            self.messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+            return Result("", tokens, "cancelled", 9, len(tokens), Timings())
+
+    model: Any = SimpleNamespace(session=lambda system: Session())
+    chat = Chat(model, system=None, sampling={}, as_json=True, history=False)
+    chat._answer("Hello")
+    assert len(chat.session.messages) == left
 
 
 def test_at_a_terminal(gristmill: Gristmill) -> None:

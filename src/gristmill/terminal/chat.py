@@ -122,6 +122,9 @@ class Chat:
             finally:
                 if stream is not None:
                     stream.end()
+        if result.finish_reason == "cancelled" and not result.token_ids:
+            # Stopped before the answer began: as if it had not been asked for.
+            del self.session.messages[-2:]
         self.results.append(result)
         if self.as_json:
             output.show_json(
