@@ -16,7 +16,7 @@ from tests.cli.conftest import PROGRAM, Gristmill, matches
 from tests.cli.terminal import Terminal
 from tests.cli.test_generate import GENERATED
 
-ANSWER = GENERATED | {"role": str, "dropped_turns": int}
+ANSWER = GENERATED | {"role": str, "cached_tokens": int, "dropped_turns": int}
 NOTE = r"\[\d+ tokens, \d+ tokens/s; first token after \d+ ms\]\n> "
 
 
@@ -37,6 +37,9 @@ def test_every_line_of_piped_input_is_a_turn(gristmill: Gristmill) -> None:
     assert found[0]["text"] == gristmill.json("generate", "smollm2", "Hello", "-n", "12")["text"]
     # The second prompt is the first one, its answer, and more.
     assert found[1]["usage"]["prompt_tokens"] > sum(found[0]["usage"].values())
+    # The last token of an answer that was cut off has no keys and values yet.
+    assert found[0]["cached_tokens"] == 0
+    assert found[1]["cached_tokens"] >= sum(found[0]["usage"].values()) - 1
 
 
 def test_without_json_only_the_answers_are_printed(gristmill: Gristmill) -> None:

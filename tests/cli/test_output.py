@@ -127,6 +127,27 @@ def test_a_bar_comes_only_for_long_work(clock: list[float], monkeypatch: pytest.
         assert "converting" in errors.getvalue()
 
 
+def test_labels_may_change_within_one_piece_of_work(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = terminal(monkeypatch, "stderr")
+    with Bar() as bar:
+        for done, label in enumerate(("warming up", "prefill 512", "decode 1 x 512")):
+            bar(label, done, 12)
+            clock[0] += 0.4
+        assert "prefill 512" in errors.getvalue()
+
+
+def test_another_piece_of_work_is_timed_anew(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = terminal(monkeypatch, "stderr")
+    with Bar() as bar:
+        for _ in range(4):
+            for done in (0, 50, 100):
+                bar("converting", done, 100)
+                clock[0] += 0.5
+        assert errors.getvalue() == ""
+
+
 def test_no_bar_where_stderr_is_no_terminal(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Bar() as bar:
         bar("converting", 0, 100)

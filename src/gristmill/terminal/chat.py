@@ -131,6 +131,7 @@ class Chat:
                 {
                     "role": "assistant",
                     **output.result_json(self.model, result),
+                    "cached_tokens": result.cached_tokens,
                     "dropped_turns": result.dropped_turns,
                 }
             )

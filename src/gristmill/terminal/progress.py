@@ -19,8 +19,8 @@ _LOOK_S = 0.3
 class Bar:
     """A context manager to be given as `progress` to functions that take long.
 
-    A bar appears when the work of one label, by the pace so far, will have taken over two seconds, and goes
-    when it is done.
+    A bar appears when one piece of work, by its pace so far, will have taken over two seconds in all, and
+    stays for the pieces after it. Another total, or less done than before, begins another piece.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Bar:
             self._on = sys.stderr.isatty()
         except (AttributeError, ValueError):
             self._on = False
-        self._label: str | None = None
+        self._first = self._done = self._total = 0
         self._begin = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -38,24 +38,30 @@ class Bar:
         if not self._on:
             return
         now = time.perf_counter()
-        if label != self._label:
-            if self._bar is None:
-                self._begin = now
-            self._label = label
+        if total != self._total or done < self._done:
+            self.begin(done, total, now)
+        self._done = done
         if self._bar is None:
             passed = now - self._begin
-            if passed < _LOOK_S or done <= 0 or passed * total / done < _LONG_S:
+            made = done - self._first
+            if passed < _LOOK_S or made <= 0 or passed * (total - self._first) / made < _LONG_S:
                 return
             self._open(label, total)
         assert self._bar is not None
         assert self._task is not None
         self._bar.update(self._task, description=label, completed=done, total=total)
 
+    def begin(self, done: int, total: int, at: float) -> None:
+        """A piece of work began at this time by `time.perf_counter`, with so much of it done."""
+        self._first = self._done = done
+        self._total = total
+        self._begin = at
+
     def close(self) -> None:
         """Takes the bar away. Idempotent."""
         if self._bar is not None:
             self._bar.stop()
-        self._bar = self._task = self._label = None
+        self._bar = self._task = None
 
     def __enter__(self) -> Bar:
         return self
@@ -86,16 +92,19 @@ class PromptBar:
 
     def __init__(self) -> None:
         self._bar = Bar()
+        self._started: float | None = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
         """The bar goes when all is done, before the first text is written."""
+        if self._started is not None:
+            self._bar.begin(0, total, self._started)
+            self._started = None
         if done < total:
             self._bar("reading the prompt", done, total)
         else:
             self._bar.close()
 
     def __enter__(self) -> PromptBar:
-        self(0, 1)
         return self
 
     def __exit__(
