@@ -13,7 +13,7 @@
 
 namespace gm {
 
-#define GM_ISA_LEVEL(name, needs) const KernelTable* kernel_table_##name();
+#define GM_ISA_LEVEL(name, needs, hidden) const KernelTable* kernel_table_##name();
 #include "isa_levels.inc"
 #undef GM_ISA_LEVEL
 
@@ -26,7 +26,7 @@ enum Feature : uint32_t {
   kAvx512 = 8,  // F, BW, DQ, VL
   kVnni = 16,
   kBf16 = 32,
-  kAmx = 64,  // TILE, INT8, BF16, with the permission of the operating system
+  kAmx = 64,  // TILE, INT8, with the permission of the operating system
 };
 
 #if defined(__x86_64__)
@@ -64,7 +64,7 @@ uint32_t detect() {
     const uint32_t leaf7_d = d;
     uint32_t a1, b1, c1, d1;
     if (__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5))) found |= kBf16;
-    const uint32_t tiles = (1u << 22) | (1u << 24) | (1u << 25);  // AMX BF16, TILE, INT8
+    const uint32_t tiles = (1u << 24) | (1u << 25);  // AMX TILE, INT8
     if ((leaf7_d & tiles) == tiles && (state & 0x60000) == 0x60000 && amx_permitted()) found |= kAmx;
   }
   return found;
@@ -76,11 +76,12 @@ uint32_t detect() { return 0; }
 struct Level {
   const char* name;
   uint32_t needs;
+  bool hidden;  // taken only when named
   const KernelTable* (*table)();
 };
 
 const Level kLevels[] = {
-#define GM_ISA_LEVEL(name, needs) {#name, needs, kernel_table_##name},
+#define GM_ISA_LEVEL(name, needs, hidden) {#name, needs, hidden, kernel_table_##name},
 #include "isa_levels.inc"
 #undef GM_ISA_LEVEL
 };
@@ -101,14 +102,16 @@ std::string joined(const std::vector<std::string>& names) {
 std::vector<std::string> available_levels() {
   std::vector<std::string> out;
   for (const Level& level : kLevels) {
-    if ((features() & level.needs) == level.needs) out.emplace_back(level.name);
+    if (!level.hidden && (features() & level.needs) == level.needs) out.emplace_back(level.name);
   }
   return out;
 }
 
 std::vector<std::string> compiled_levels() {
   std::vector<std::string> out;
-  for (const Level& level : kLevels) out.emplace_back(level.name);
+  for (const Level& level : kLevels) {
+    if (!level.hidden) out.emplace_back(level.name);
+  }
   return out;
 }
 

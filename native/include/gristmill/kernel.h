@@ -152,11 +152,41 @@ struct KernelTable {
   uint64_t (*read_all)(const void* data, int64_t bytes);
 };
 
+// How the AMX kernel cuts columns: every group into equal steps of at most 64 columns, filled with zeros.
+constexpr int64_t kAmxSideBytes = 12;  // per row and group: scale, correction, minimum sum
+struct AmxShape {
+  int64_t steps, step;  // of a group
+  int64_t width;        // columns of a group, filled
+  int64_t columns;      // of all groups
+  int64_t groups;
+
+  explicit AmxShape(const Weight& w)
+      : steps((w.group + 63) / 64),
+        step((w.group + 4 * steps - 1) / (4 * steps) * 4),
+        width(steps * step),
+        columns(width * w.groups),
+        groups(w.groups) {}
+  // Rows that are packed at once: about a megabyte.
+  int64_t panel(int64_t rows) const {
+    const int64_t fit = (int64_t{1} << 20) / columns / 32 * 32;
+    const int64_t most = fit < 32 ? 32 : fit, all = (rows + 15) / 16 * 16;
+    return all < most ? all : most;
+  }
+  int64_t scratch_bytes(int64_t rows) const {
+    return 32 * columns + panel(rows) * (columns + groups * kAmxSideBytes);
+  }
+};
+
 // Scratch a thread needs for one linear of any kind.
 inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
-  const int64_t sums = rows * w.groups * 8;                // corrections and minimum sums (int8)
-  const int64_t strip = 256 * 16 * 4 + rows * 16 * 4;      // decoded strip and accumulators (f32, bf16)
-  return (sums > strip ? sums : strip) + 256;
+  int64_t bytes = 256 * 16 * 4 + rows * 16 * 4;  // decoded strip and accumulators (f32, bf16)
+  if (w.integer() && w.groups > 0) {
+    const int64_t sums = rows * w.groups * 8;  // corrections and minimum sums (int8)
+    const int64_t tiles = AmxShape(w).scratch_bytes(rows);
+    if (sums > bytes) bytes = sums;
+    if (tiles > bytes) bytes = tiles;
+  }
+  return bytes + 256;
 }
 
 }  // namespace gm
