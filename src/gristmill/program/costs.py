@@ -1,8 +1,8 @@
 """Bytes and operations of a step, derived from the program that runs.
 
-Counted per node: every weight read once per step (of a gathered table only the rows taken), every key and value in
-reach read once per step and sequence, new ones written once, buffers read and written once in float32. Caches may save
-some of it, and tiles may read some of it twice; the roofline is this number.
+Counted per node: every weight read once per step (of a gathered table only the rows taken), every key and
+value in reach read once per step and sequence, new ones written once, buffers read and written once in
+float32. Caches may save some of it, and tiles may read some of it twice; the roofline is this number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WeightBytes = Mapping[str, float] | Callable[[str], float]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step does: for each sequence, its new tokens and those it held before; and the wanted logit rows."""
+    """What one step does: per sequence its new tokens and those it held before; and the wanted logit rows."""
 
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -51,7 +51,10 @@ class Work:
         """Keys that all new tokens together see, each its own causal range."""
         total = 0
         for length, context in zip(self.lengths, self.contexts, strict=True):
-            first, last = context + 1, context + length  # keys seen by the first and the last token, without window
+            first, last = (
+                context + 1,
+                context + length,
+            )  # keys seen by the first and the last token, without window
             if window and last > window:
                 growing = max(0, min(window, last) - first + 1)
                 total += growing * (first + min(window, last)) // 2 + (length - growing) * window
@@ -99,8 +102,8 @@ def step_costs(
 ) -> dict[str, Cost]:
     """The cost of every node, by its name, in program order.
 
-    weight_bytes: stored bytes of each tensor (a mapping or a function); without it, float32. kv_element_bytes: of
-    one number in a state (2 for bf16, 4 for f32).
+    weight_bytes: stored bytes of each tensor (a mapping or a function); without it, float32.
+    kv_element_bytes: of one number in a state (2 for bf16, 4 for f32).
     """
     result = {}
     for node in program.nodes:
@@ -171,31 +174,45 @@ class Row:
     """Shapes of the outputs."""
     weights: str
     """Shapes of the weights."""
+    formats: str
+    """Formats of the weights, as far as they are known."""
     details: str
     """Attributes, state and batch columns."""
     cost: Cost
 
 
-def describe(program: Program, costs: Mapping[str, Cost] | None = None, *, collapse: bool = True) -> list[Row]:
+def describe(
+    program: Program,
+    costs: Mapping[str, Cost] | None = None,
+    *,
+    formats: Mapping[str, str] | None = None,
+    collapse: bool = True,
+) -> list[Row]:
     """The program as readable rows in order. Layers that differ in their number alone become one row each.
 
-    costs: from `step_costs`; zeros without it. With `collapse` off, one row per node.
+    costs: from `step_costs`; zeros without it. formats: of weights by name. With `collapse` off, one row per
+    node.
     """
     rows: dict[tuple[str, ...], Row] = {}
     numbers: dict[tuple[str, ...], list[int]] = {}
     for node in program.nodes:
         layer = re.search(r"(?<=layers\.)\d+", node.name)
-        name = node.name if layer is None else node.name[: layer.start()] + "#" + node.name[layer.end() :]
+        name = node.name
+        if layer is not None:
+            # A fused node may reach into the next layer: `layers.3.mlp.residual+4.input_layernorm`.
+            rest = name[layer.end() :].replace(f"+{int(layer.group()) + 1}.", "+next.")
+            name = name[: layer.start()] + "#" + rest
         row = Row(
             name if collapse else node.name,
             node.op,
             1,
             " ".join(shape_text(program.buffers[o].shape) for o in node.outputs),
             " ".join(shape_text(program.weights[w].shape) for w in node.weights),
+            " ".join(dict.fromkeys(formats[w] for w in node.weights if w in formats)) if formats else "",
             _details(program, node),
             (costs or {}).get(node.name, Cost()),
         )
-        key = (row.name, row.op, row.outputs, row.weights, row.details)
+        key = (row.name, row.op, row.outputs, row.weights, row.formats, row.details)
         if key in rows:
             row = replace(row, count=rows[key].count + 1, cost=rows[key].cost + row.cost)
         rows[key] = row

@@ -173,7 +173,7 @@ def _products(site: Site, work: Work) -> float:
 
 def _attention(site: Site, work: Work) -> float:
     a = site.node.attributes
-    return 4.0 * a["heads"] * a["head_dim"] * work.visible(a["window"])
+    return 4.0 * int(a["heads"]) * int(a["head_dim"]) * work.visible(a["window"])
 
 
 def op(

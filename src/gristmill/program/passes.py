@@ -1,7 +1,7 @@
 """Rewrites of a program. Each pass is a function Program -> Program whose result computes the same numbers.
 
-The lowering passes give a program of level `lowered`; `lower` runs several and checks after each. New passes are
-written with `rewrite`, which re-derives the buffers from the ops' rules, so that a pass only arranges nodes.
+The lowering passes give a program of level `lowered`; `lower` runs several and checks after each. New passes
+are written with `rewrite`, which re-derives the buffers from the ops' rules, so that a pass only arranges nodes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Pass = Callable[[Program], Program]
 
 
 def lower(program: Program, passes: Iterable[Pass]) -> Program:
-    """Runs the passes in order and checks the program after each. ProgramError names the pass that broke a rule."""
+    """Runs the passes in order and checks the program after each; ProgramError names the pass at fault."""
     for step in passes:
         program = check(step(program), f"pass {step.__name__}")
     return program
@@ -26,8 +26,8 @@ def lower(program: Program, passes: Iterable[Pass]) -> Program:
 def rewrite(program: Program, nodes: Iterable[Node], level: str | None = None) -> Program:
     """The program over `nodes`, with buffers inferred anew and idle weights and states dropped.
 
-    The nodes may come in any order that `sort` can repair. States follow their owner by name: a pass that renames an
-    attention node keeps its `state` and the owner is updated.
+    The nodes may come in any order that `sort` can repair. States follow their owner by name: a pass that
+    renames an attention node keeps its `state` and the owner is updated.
     """
     ordered = sort(list(nodes))
     buffers: dict[str, Buffer] = {}
@@ -45,7 +45,8 @@ def rewrite(program: Program, nodes: Iterable[Node], level: str | None = None) -
                 state,
             )
         except ProgramError as error:
-            raise ProgramError(f"node {node.name!r} (op {node.op}, reads {list(node.inputs)}): {error}") from None
+            place = f"node {node.name!r} (op {node.op}, reads {list(node.inputs)})"
+            raise ProgramError(f"{place}: {error}") from None
         for name, shape in zip(node.outputs, shapes, strict=True):
             buffers[name] = Buffer(name, shape)
     used = {name for node in ordered for name in node.weights}
@@ -60,7 +61,7 @@ def rewrite(program: Program, nodes: Iterable[Node], level: str | None = None) -
 
 
 def sort(nodes: list[Node]) -> list[Node]:
-    """The nodes in an order in which buffers are written before they are read, as near to the given one as can be."""
+    """The nodes so that buffers are written before they are read, otherwise in the given order."""
     written: set[str] = set()
     result: list[Node] = []
     waiting = nodes
@@ -95,23 +96,24 @@ def group_linears(program: Program) -> Program:
     for node in program.nodes:
         if node.name in merged:
             members = merged[node.name]
-            node = Node(
-                _joined([m.name for m in members]),
-                "linears",
-                node.inputs,
-                tuple(m.outputs[0] for m in members),
-                tuple(w for m in members for w in m.weights),
-                None,
-                {"biases": [len(m.weights) == 2 for m in members]},
+            nodes.append(
+                Node(
+                    _joined([m.name for m in members]),
+                    "linears",
+                    node.inputs,
+                    tuple(m.outputs[0] for m in members),
+                    tuple(w for m in members for w in m.weights),
+                    None,
+                    {"biases": [len(m.weights) == 2 for m in members]},
+                )
             )
-        elif node.name in dropped:
-            continue
-        nodes.append(node)
+        elif node.name not in dropped:
+            nodes.append(node)
     return rewrite(program, nodes, LOWERED)
 
 
 def fuse_gated(program: Program) -> Program:
-    """A `linears` node of gate and up whose outputs only a `gated` node reads becomes one `gated_linears` node.
+    """A `linears` node of gate and up becomes one `gated_linears` with the `gated` node that alone reads it.
 
     Run after `group_linears`.
     """
@@ -122,7 +124,8 @@ def fuse_gated(program: Program) -> Program:
         if node.op == "linears" and len(node.outputs) == 2:
             (gate, up), users = node.outputs, [r for name in node.outputs for r in readers[name]]
             first = users[0] if users else None
-            if first is not None and first.op == "gated" and first.inputs == (gate, up) and users == [first] * 2:
+            alone = first is not None and users == [first] * 2
+            if alone and first is not None and first.op == "gated" and first.inputs == (gate, up):
                 fused.add(first.name)
                 nodes.append(
                     Node(
@@ -146,7 +149,8 @@ def fuse_add_rmsnorm(program: Program) -> Program:
     readers = program.readers()
     nodes = []
     fused: set[str] = set()
-    for node in program.nodes:
+    for original in program.nodes:
+        node = original
         if node.op == "add":
             norm = next((r for r in readers[node.outputs[0]] if r.op == "rmsnorm"), None)
             if norm is not None:
@@ -171,7 +175,8 @@ def hoist_rope(program: Program) -> Program:
     Right wherever all keys of a row have one shift, as they have in every state that is a plain prefix.
     """
     nodes = []
-    for node in program.nodes:
+    for original in program.nodes:
+        node = original
         if node.op == "attention" and node.attributes["rope"] is not None:
             a = node.attributes
             q, k, v = node.inputs
@@ -196,7 +201,7 @@ def select_early(program: Program) -> Program:
             for name in node.inputs:
                 readers[name] = readers.get(name, 0) + 1
         writers = {name: i for i, node in enumerate(nodes) for name in node.outputs}
-        for at, select in enumerate(nodes):
+        for select in nodes:
             if select.op != "select_rows":
                 continue
             source = select.inputs[0]
@@ -217,6 +222,7 @@ def select_early(program: Program) -> Program:
             for name in dict.fromkeys(above.inputs)
             if name not in taken
         ]
+        at = nodes.index(select)
         nodes[at : at + 1] = [*fresh, moved]
         nodes.remove(above)
         nodes = sort(nodes)
