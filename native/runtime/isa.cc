@@ -36,6 +36,8 @@ uint64_t xcr0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Linux lets a process use tiles only after it asked, once, for all its threads. It refuses where a thread's signal
+// stack is too small for the larger state.
 bool amx_permitted() {
 #if defined(__linux__)
   constexpr long kArchReqXcompPerm = 0x1023, kXtileData = 18;
@@ -43,6 +45,14 @@ bool amx_permitted() {
 #else
   return false;
 #endif
+}
+
+// Palette 1 has what the kernels count on: eight tiles of 16 rows of 64 bytes.
+bool tiles_as_expected() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid_count(0x1d, 0, &a, &b, &c, &d) || a < 1) return false;
+  if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d)) return false;
+  return (b & 0xffff) >= 64 && (b >> 16) >= 8 && (c & 0xffff) >= 16;
 }
 
 uint32_t detect() {
@@ -65,7 +75,9 @@ uint32_t detect() {
     uint32_t a1, b1, c1, d1;
     if (__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5))) found |= kBf16;
     const uint32_t tiles = (1u << 24) | (1u << 25);  // AMX TILE, INT8
-    if ((leaf7_d & tiles) == tiles && (state & 0x60000) == 0x60000 && amx_permitted()) found |= kAmx;
+    if ((leaf7_d & tiles) == tiles && (state & 0x60000) == 0x60000 && tiles_as_expected() && amx_permitted()) {
+      found |= kAmx;
+    }
   }
   return found;
 }

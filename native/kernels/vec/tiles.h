@@ -99,7 +99,7 @@ class Tiles {
     }
   }
   template <int kC, int kA, int kB, bool kSigned>
-  void dot() {
+  __attribute__((noinline)) void dot() {
     static_assert(kC != kA && kC != kB && kA != kB);
     const int m_end = config_.rows[kC], n_end = config_.bytes[kC] / 4, k_end = config_.bytes[kA] / 4;
     check(config_.bytes[kC] % 4 == 0 && config_.bytes[kA] % 4 == 0);
