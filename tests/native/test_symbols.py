@@ -26,8 +26,8 @@ needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="objd
 needs_x86 = pytest.mark.skipif("avx2" not in LEVELS, reason="not an x86 build")
 
 # What kernels may call: memory functions that the compiler itself makes up, the guard of a table's first use,
-# and mathematical functions that have one right result, by IEEE 754 (the square root is called only for negative
-# arguments, to set errno; the others at the portable level).
+# and mathematical functions that have one right result, by IEEE 754 (the square root is called only for
+# negative arguments, to set errno; the others at the portable level).
 CALLED = {"memcpy", "memset", "memmove", "memcmp", "__cxa_guard_acquire", "__cxa_guard_release"}
 CALLED |= {"sqrtf", "fmaf", "nearbyintf"}
 LINKAGE = {"_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail", "_Unwind_Resume"}
