@@ -1,7 +1,7 @@
 """Rewrites of a program. Each pass is a function Program -> Program whose result computes the same numbers.
 
 The lowering passes give a program of level `lowered`; `lower` runs several and checks after each. New passes
-are written with `rewrite`, which re-derives the buffers from the ops' rules, so that a pass only arranges nodes.
+are written with `rewrite`, which infers the buffers from the rules of the ops; a pass only arranges nodes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,191 @@
+"""The one reference implementation of every op, in PyTorch.
+
+A function takes the step's context, the node, its inputs and its weights, and returns its outputs; `run`
+finds it by the op's name. Equations and shapes are in `gristmill.program.ops`. Norms, rotations and softmax
+are computed in float32 at least, whatever the dtype of the buffers, as the models were trained with; nothing
+is done in place, so that gradients flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gristmill.program.nodes import Node, terms
+from gristmill.program.rope import rope_inverse_frequencies
+
+Entries = tuple[Tensor, Tensor]
+"""A sequence's keys (rotated) and values in one state, oldest first: [tokens, kv_heads, head_dim]."""
+
+
+@dataclass
+class Context:
+    """One step's batch columns and states."""
+
+    ids: Tensor
+    position: Tensor
+    logit_rows: Tensor
+    lengths: Sequence[int]
+    """New tokens of each sequence."""
+    past: Sequence[Mapping[str, Entries]]
+    """Per sequence: entries by state. Never written."""
+    appended: list[dict[str, Entries]] = field(default_factory=list)
+    """Per sequence: the entries after this step, by state."""
+
+    def __post_init__(self) -> None:
+        self.appended = [{} for _ in self.lengths]
+
+
+Function = Callable[[Context, Node, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+def run(
+    context: Context, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The outputs of a node."""
+    return FUNCTIONS[node.op](context, node, inputs, weights)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _embedding(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (torch.nn.functional.embedding(c.ids, w[0]) * n.attributes["scale"],)
+
+
+def _norm(x: Tensor, weight: Tensor, attributes: Mapping[str, Any]) -> Tensor:
+    wide = _wide(x)
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + attributes["eps"])
+    offset: float = attributes["weight_offset"]
+    return (scaled * (_wide(weight) + offset)).to(x.dtype)
+
+
+def _rmsnorm(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (_norm(x[0], w[0], n.attributes),)
+
+
+def _head_rmsnorm(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    heads = _norm(_heads(x[0], n.attributes["heads"]), w[0], n.attributes)
+    return (heads.reshape(x[0].shape),)
+
+
+def _linears(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    tensors = dict(zip(n.weights, w, strict=True))
+    return tuple(
+        torch.nn.functional.linear(
+            x[0], tensors[term.weight], None if term.bias is None else tensors[term.bias]
+        )
+        for term in terms(n)
+    )
+
+
+def _activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    curved: Tensor = torch.nn.functional.gelu(gate, approximate="tanh")
+    return curved * up
+
+
+def _gated(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (_activate(x[0], x[1], n.attributes["activation"]),)
+
+
+def _gated_linears(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    gate, up = _linears(c, n, x, w)
+    return (_activate(gate, up, n.attributes["activation"]),)
+
+
+def _add(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (x[0] + x[1],)
+
+
+def _add_rmsnorm(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    total = x[0] + x[1]
+    return total, _norm(total, w[0], n.attributes)
+
+
+def _select_rows(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (x[0].index_select(0, c.logit_rows),)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads)
+
+
+def _rotate(x: Tensor, position: Tensor, rope: Mapping[str, Any] | None) -> Tensor:
+    """x [tokens, heads, head_dim] rotated to its positions."""
+    if rope is None:
+        return x
+    inverse, factor = rope_inverse_frequencies(rope, x.shape[-1])
+    half = int(rope["dim"]) // 2
+    # The angles are rounded to float32 in every dtype: they belong to the model.
+    angles = position.to(torch.float32)[:, None] * torch.from_numpy(inverse).to(torch.float32)
+    wide = _wide(x)
+    angles = angles.to(wide.dtype)[:, None, :]
+    cosine, sine = angles.cos() * factor, angles.sin() * factor
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], -1).to(x.dtype)
+
+
+def _rope(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    heads = _heads(x[0], n.attributes["heads"])
+    return (_rotate(heads, c.position, n.attributes["rope"]).reshape(x[0].shape),)
+
+
+def _attention(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    a = n.attributes
+    assert n.state is not None
+    queries = _rotate(_heads(x[0], a["heads"]), c.position, a["rope"])
+    new_keys = _rotate(_heads(x[1], a["kv_heads"]), c.position, a["rope"])
+    new_values = _heads(x[2], a["kv_heads"])
+    outputs = []
+    start = 0
+    for i, length in enumerate(c.lengths):
+        rows = slice(start, start + length)
+        start += length
+        keys, values = new_keys[rows], new_values[rows]
+        if n.state in c.past[i]:
+            old_keys, old_values = c.past[i][n.state]
+            keys, values = torch.cat([old_keys, keys]), torch.cat([old_values, values])
+        c.appended[i][n.state] = keys, values
+        if length:
+            visible = _visible(len(keys) - length, length, a["window"])
+            outputs.append(_attend(queries[rows], keys, values, visible, a["scale"]))
+    return (torch.cat(outputs) if outputs else x[0],)
+
+
+def _visible(past: int, length: int, window: int) -> Tensor:
+    """[length, past + length]: which keys each new token sees."""
+    own = torch.arange(past, past + length)[:, None]
+    key = torch.arange(past + length)[None, :]
+    seen = key <= own
+    return seen & (key > own - window) if window else seen
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    grouped = q.reshape(len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
+    scores = _wide(torch.einsum("tghd,jgd->ghtj", grouped, k)) * scale
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
+    return torch.einsum("ghtj,jgd->tghd", weights, v).reshape(len(q), -1)
+
+
+FUNCTIONS: dict[str, Function] = {
+    "embedding": _embedding,
+    "rmsnorm": _rmsnorm,
+    "head_rmsnorm": _head_rmsnorm,
+    "linear": _linears,
+    "linears": _linears,
+    "gated": _gated,
+    "gated_linears": _gated_linears,
+    "add": _add,
+    "add_rmsnorm": _add_rmsnorm,
+    "select_rows": _select_rows,
+    "rope": _rope,
+    "attention": _attention,
+}
+"""By op."""
