@@ -57,7 +57,8 @@ void bind_kernels(nb::module_& m) {
           const gm::KernelTable* t = gm::kernel_table(level);
           const gm::Weight w = weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins);
           const auto rows = static_cast<int64_t>(x.shape(0)), ldx = static_cast<int64_t>(x.shape(1));
-          std::vector<char> scratch(static_cast<size_t>(gm::linear_scratch_bytes(w, rows)) + 64);
+          // Poisoned: what scratch held before must not matter.
+          std::vector<char> scratch(static_cast<size_t>(gm::linear_scratch_bytes(w, rows)) + 64, '\xff');
           void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
           gm::LinearOut o;
           o.out = out.data();

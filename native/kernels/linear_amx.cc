@@ -100,8 +100,8 @@ void pack(const Weight& w, const AmxShape& s, const Int8Rows& x, int64_t first, 
   }
 }
 
-// The codes of a block less `shift`, as [groups][steps][step / 4][16 lanes][4]; zero in the columns that fill
-// a step.
+// The codes of a block less `shift`, as [groups][steps][step / 4][16 lanes][4]. The columns that fill a step
+// are left as they are: they meet zeros in the packed rows.
 void decode(const Weight& w, const AmxShape& s, int64_t block, int shift, uint8_t* strip) {
   const bool int4 = w.storage == Storage::kInt4;
   const uint8_t* codes = static_cast<const uint8_t*>(w.values) + block * w.kp * (int4 ? 8 : 16);
@@ -119,7 +119,6 @@ void decode(const Weight& w, const AmxShape& s, int64_t block, int shift, uint8_
         _mm512_store_si512(strip + c * 16, _mm512_sub_epi8(vb_load(codes).v, less));
       }
     }
-    if (columns < s.width) memset(strip + columns * 16, 0, static_cast<size_t>(s.width - columns) * 16);
   }
 }
 
