@@ -230,14 +230,20 @@ class NativeExecutor:
 
         Raises Cancelled (views unchanged) and UsageError (a step that does not fit).
         """
-        logits = np.empty((len(batch.logit_rows), self.vocab_size), np.float32)
+        rows = batch.logit_rows
+        # The native step checks the rest.
+        if len(rows) > 1 and bool((rows[1:] <= rows[:-1]).any()):
+            raise UsageError("logit_rows must be ascending row indices of the batch")
+        if len(batch.phases) != len(batch.tokens):
+            raise UsageError(f"the batch has {len(batch.phases)} phases for {len(batch.tokens)} tokens")
+        logits = np.empty((len(rows), self.vocab_size), np.float32)
         views: list[Any] = [_native_view(view) for view in batch.views]
         try:
             done = self._native.run(
                 batch.tokens,
                 views,
                 batch.lengths.tolist(),
-                batch.logit_rows,
+                rows,
                 logits,
                 _NO_CANCEL if cancel is None else cancel.word,
             )

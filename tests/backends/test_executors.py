@@ -1,0 +1,68 @@
+"""The executors against the kit; the native one in every mode, thread count and instruction set."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from gristmill.backends.native import NativeExecutor, _native
+from gristmill.io import convert
+from tests.kits import files, models
+from tests.kits.executor import Subject, check_chunks, check_compositions, check_executor, same
+
+MODES = [
+    (weights, activations, kv)
+    for weights in ("stored", "f32", "bf16", "int8", "int4")
+    for activations in ("exact", "bf16", "fast")
+    for kv in ("f32", "bf16")
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Gemma 3, which has every op, in all weight modes: a Q4_1 body with a Q8_0 embedding when stored."""
+    root = tmp_path_factory.mktemp("modes")
+    of = models.configs()["gemma3-linear"] | {"sliding_window": 24}
+    tensors = files.weights(of)
+    kinds = {n: "Q8_0" if "embed" in n else "Q4_1" for n, v in tensors.items() if v.ndim == 2}
+    paths = files.write_gguf(root / "x.gguf", of, tensors, kinds)
+    result = {"stored": root / "stored"}
+    result["stored"].mkdir()
+    convert.import_gguf(paths, result["stored"])
+    for weights in ("f32", "bf16", "int8", "int4"):
+        result[weights] = root / weights
+        result[weights].mkdir()
+        convert._requantise(result["stored"], result[weights], weights, None)
+    return result
+
+
+@pytest.mark.parametrize(("weights", "activations", "kv"), MODES, ids=["-".join(mode) for mode in MODES])
+def test_native(checkpoints: dict[str, Path], weights: str, activations: str, kv: str) -> None:
+    path = checkpoints[weights]
+    with closing(NativeExecutor.load(path, activations=activations, kv_dtype=kv, threads=2)) as executor:
+        two = check_executor(executor)
+    for threads in (1, 3):
+        with closing(
+            NativeExecutor.load(path, activations=activations, kv_dtype=kv, threads=threads)
+        ) as executor:
+            subject = Subject(executor)
+            for i, logits in enumerate(subject.alone):
+                same(logits, two.alone[i], f"sequence {i} with {threads} threads instead of 2")
+
+
+@pytest.mark.parametrize("level", _native.levels())
+@pytest.mark.parametrize(
+    ("weights", "activations", "kv"), [("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")]
+)
+def test_native_levels(
+    checkpoints: dict[str, Path], weights: str, activations: str, kv: str, level: str
+) -> None:
+    """Every instruction set keeps the contract by itself."""
+    with closing(
+        NativeExecutor.load(checkpoints[weights], activations=activations, kv_dtype=kv, threads=2, level=level)
+    ) as executor:
+        subject = Subject(executor)
+        check_chunks(subject)
+        check_compositions(subject)
