@@ -52,16 +52,19 @@ def test_native(checkpoints: dict[str, Path], weights: str, activations: str, kv
                 same(logits, two.alone[i], f"sequence {i} with {threads} threads instead of 2")
 
 
-@pytest.mark.parametrize("level", _native.levels())
+@pytest.mark.parametrize("level", _native.available_levels())
 @pytest.mark.parametrize(
-    ("weights", "activations", "kv"), [("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")]
+    ("weights", "activations", "kv"),
+    [("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")],
 )
 def test_native_levels(
     checkpoints: dict[str, Path], weights: str, activations: str, kv: str, level: str
 ) -> None:
     """Every instruction set keeps the contract by itself."""
     with closing(
-        NativeExecutor.load(checkpoints[weights], activations=activations, kv_dtype=kv, threads=2, level=level)
+        NativeExecutor.load(
+            checkpoints[weights], activations=activations, kv_dtype=kv, threads=2, level=level
+        )
     ) as executor:
         subject = Subject(executor)
         check_chunks(subject)
