@@ -60,8 +60,6 @@ class Builder:
             raise ProgramError(f"node {name!r}: unknown op {op!r}; known: {', '.join(sorted(OPS))}")
         if outputs is None:
             outputs = (name,)
-        if state is not None:
-            self.states[state.name] = state
         node = Node(
             name,
             op,
@@ -80,6 +78,8 @@ class Builder:
             )
         except (KeyError, ProgramError) as error:
             raise ProgramError(f"node {name!r} (op {op}, reads {list(inputs)}): {error}") from None
+        if state is not None:
+            self.states[state.name] = state
         for buffer, shape in zip(node.outputs, shapes, strict=True):
             self.buffers[buffer] = Buffer(buffer, shape)
         self.nodes.append(node)
