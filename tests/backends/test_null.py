@@ -7,16 +7,47 @@ import sys
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from gristmill.backends.null import NullExecutor
 from gristmill.errors import GristmillError, UsageError
 from gristmill.models import build_program
+from gristmill.program.batch import Batch, CancelFlag
 from tests.kits import files
 from tests.kits.executor import PROMPT, batch_of, check_executor
 
 
 def test_protocol() -> None:
     check_executor(NullExecutor(build_program(files.config("gemma3_text"))))
+
+
+class Leaky(NullExecutor):
+    """Breaks one rule of the contract by one unit in the last place."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(build_program(files.config("llama")))
+        self.rule = rule
+
+    def step(self, batch: Batch, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        if self.rule == "cancellation":
+            cancel = None
+        before = [view.length for view in batch.views]
+        logits = super().step(batch, cancel)
+        broken = {
+            "row count": len(batch.tokens) == 16,
+            "neighbours": len(batch.views) == 2,
+            "cuts": any(n % 16 for n in before if n < 53),
+        }
+        if broken.get(self.rule) and logits.size:
+            at = logits.argmax(1)[-1]
+            logits[-1, at] = np.nextafter(logits[-1, at], np.float32(11))
+        return logits
+
+
+@pytest.mark.parametrize("rule", ["row count", "neighbours", "cuts", "cancellation"])
+def test_the_kit_notices_a_broken_rule(rule: str) -> None:
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_executor(Leaky(rule))
 
 
 def test_stop() -> None:
