@@ -27,7 +27,9 @@ def main() -> None:
     settings.ftype = TYPES[arguments.type]
     settings.nthread = arguments.threads
     settings.allow_requantize = True
-    status = llama_cpp.llama_model_quantize(str(arguments.source).encode(), str(arguments.out).encode(), settings)
+    status = llama_cpp.llama_model_quantize(
+        str(arguments.source).encode(), str(arguments.out).encode(), settings
+    )
     if status:
         raise SystemExit(f"llama_model_quantize returned {status}")
 

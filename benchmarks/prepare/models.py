@@ -1,10 +1,10 @@
 """Makes the model files that the peers read; run by the helper environment's Python.
 
-``from-gguf GGUF OUT``     OUT becomes a Hugging Face directory with the file's weights, dequantised to float32
-``random TOKENIZER OUT``   OUT gets ``hf/`` (bfloat16) and ``model.gguf`` (BF16): a Llama-shaped model of about
-                           1 B parameters with random weights, the same in both; the tokenizer is the one of
-                           the GGUF file TOKENIZER
-``tokens HF OUT``          OUT (JSON) gets the token ids of a text that every Python carries
+``from-gguf GGUF OUT``    OUT becomes a Hugging Face directory with the file's weights as float32
+``random TOKENIZER OUT``  OUT gets ``hf/`` (bfloat16) and ``model.gguf`` (BF16): a Llama-shaped model of about
+                          1 B parameters with random weights, the same in both; the tokenizer is the one of
+                          the GGUF file TOKENIZER
+``tokens HF OUT``         OUT (JSON) gets the token ids of a text that every Python carries
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ def random_model(tokenizer: Path, out: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     write_config(reader, folder, "bfloat16", shape)
     write_tokenizer(reader, folder)
-    save_file({k: v.bfloat16() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.bfloat16() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     write_random_gguf(reader, tensors, out / "model.gguf")
 
 
@@ -231,7 +233,8 @@ def write_random_gguf(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor],
     writer.add_add_bos_token(False)
     ours = {BLOCK_TENSORS[name]: name for name in BLOCK_TENSORS}
     outer = {theirs: name for name, theirs in OUTER_TENSORS.items()}
-    for name, tensor in tensors.items():
+    for name, original in tensors.items():
+        tensor = original
         parts = name.removesuffix(".weight").split(".")
         if parts[1] == "layers":
             target = f"blk.{parts[2]}.{ours['.'.join(parts[3:])]}.weight"
@@ -268,7 +271,9 @@ def text_tokens(folder: Path, out: Path, count: int) -> None:
 
 def main() -> None:
     """Parse the command line and run one step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     steps = parser.add_subparsers(dest="step", required=True)
     for name in ("from-gguf", "random", "tokens"):
         step = steps.add_parser(name)

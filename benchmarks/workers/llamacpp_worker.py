@@ -26,11 +26,13 @@ class LlamaWorker(Worker):
             raise RuntimeError(f"llama.cpp could not load {model.name}")
         self.threads = threads
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.context: Any = None
-        self.shape = (0, 0)
+        self.contexts: dict[tuple[int, int], Any] = {}
         features = llama_cpp.llama_print_system_info().decode()
         if "AMX" in features:
             raise RuntimeError("this build of llama.cpp has AMX on; rebuild the environment")
+        expected = options.get("isa")
+        if expected == "avx2" and "AVX512" in features:
+            raise RuntimeError("this build of llama.cpp has AVX-512 on; rebuild the environment")
         self.notes = ["built without AMX", f"KV f16, flash attention auto; {features.strip(' |')}"]
         return model.stat().st_size
 
@@ -38,10 +40,9 @@ class LlamaWorker(Worker):
         return package_versions("llama-cpp-python")
 
     def _open(self, tokens: int, sequences: int) -> Any:
-        """A cleared context with room for ``tokens`` tokens in all."""
-        if self.shape != (tokens, sequences):
-            if self.context:
-                llama_cpp.llama_free(self.context)
+        """The context with room for ``tokens`` tokens in all, emptied."""
+        context = self.contexts.get((tokens, sequences))
+        if context is None:
             settings = llama_cpp.llama_context_default_params()
             settings.n_ctx = tokens
             settings.n_batch = max(2048, MICRO_BATCH)
@@ -50,12 +51,12 @@ class LlamaWorker(Worker):
             settings.n_threads = self.threads
             settings.n_threads_batch = self.threads
             settings.no_perf = True
-            self.context = llama_cpp.llama_init_from_model(self.model, settings)
-            if not self.context:
+            context = llama_cpp.llama_init_from_model(self.model, settings)
+            if not context:
                 raise RuntimeError("llama.cpp could not make a context")
-            self.shape = (tokens, sequences)
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        return self.context
+            self.contexts[tokens, sequences] = context
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        return context
 
     def _step(self, context: Any, rows: Sequence[tuple[int, int, int, bool]]) -> None:
         """One ``llama_decode`` of rows (token, position, sequence, wants logits)."""

@@ -30,9 +30,7 @@ class OpenVinoWorker(Worker):
         scheduler.max_num_batched_tokens = 16 * 1024
         scheduler.max_num_seqs = 16
         scheduler.cache_size = 2
-        self.pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(model), scheduler, "CPU", self.settings
-        )
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(model), scheduler, "CPU", self.settings)
         self.plain: Any = None
         self.request = 0
         self.notes = ["continuous-batching pipeline, prefix cache off; embedding and head at 8 bits"]
@@ -84,7 +82,9 @@ class OpenVinoWorker(Worker):
         end = time.perf_counter()
         produced = [len(output.generated_ids) for handle in handles for output in handle.read_all()]
         if produced != [new_tokens] * count or steps != new_tokens:
-            raise RuntimeError(f"wanted {new_tokens} tokens for each of {count}, got {produced} in {steps} steps")
+            raise RuntimeError(
+                f"wanted {new_tokens} tokens for each of {count}, got {produced} in {steps} steps"
+            )
         return middle - start, end - middle, (new_tokens - 1) * count
 
     def logits(self, tokens: Sequence[int]) -> Any:

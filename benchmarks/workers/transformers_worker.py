@@ -1,4 +1,4 @@
-"""Transformers: the model class called directly with its own cache, which is its fastest plain path on a CPU."""
+"""Transformers: the model class called directly with its own cache, its fastest plain path on a CPU."""
 
 from __future__ import annotations
 

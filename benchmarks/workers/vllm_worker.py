@@ -43,9 +43,8 @@ class VllmWorker(Worker):
         )
         self.engine = LLMEngine.from_engine_args(arguments)
         self.request = 0
-        self.notes = [f"torch threads {torch.get_num_threads()}, {'eager' if eager else 'torch.compile'}, KV {mode}"]
-        elements = self.engine.model_config.get_num_parameters if False else None
-        del elements
+        compiled = "eager" if eager else "torch.compile"
+        self.notes = [f"torch threads {torch.get_num_threads()}, {compiled}, KV {mode}, prefix cache off"]
         return sum(item.stat().st_size for item in model.glob("*.safetensors"))
 
     def versions(self) -> dict[str, str]:
@@ -68,7 +67,7 @@ class VllmWorker(Worker):
         start = time.perf_counter()
         for prompt in prompts:
             self._submit(prompt, parameters)
-        middle = 0.0
+        middle, already = 0.0, 0
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 done[output.request_id] = len(output.outputs[0].token_ids)

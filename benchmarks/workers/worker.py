@@ -8,15 +8,20 @@ a library prints goes to stderr instead, so replies cannot be broken up. Request
 ``{"op": "prefill", "prompt": [ids]}``
     -> ``{"ok": true, "seconds": s, "tokens": n}``
 ``{"op": "decode", "prompts": [[ids], ...], "new_tokens": n}``
-    -> ``{"ok": true, "prefill_seconds": s, "seconds": s, "tokens": n}``: ``tokens`` counts, over all sequences,
-    the tokens whose time is in ``seconds``
+    -> ``{"ok": true, "prefill_seconds": s, "seconds": s, "tokens": n}``: ``tokens`` counts, over all
+    sequences, the tokens whose time is in ``seconds``
+``{"op": "generate", "prompts": [[ids], ...], "new_tokens": n}``
+    -> ``{"ok": true, "seconds": s, "tokens": n}``: all of it, through the public interface
+``{"op": "roofline", "batch": n, "context": n, "new_tokens": n}``
+    -> ``{"ok": true, "bytes_per_step": n, "bytes_per_second": n}``
 ``{"op": "logits", "tokens": [ids], "output": "file.npy"}``
     -> ``{"ok": true}``; the file holds float32 [tokens, vocab], logits or log-probabilities
 ``{"op": "quit"}``
     -> the process ends.
 
-A request that fails is answered with ``{"ok": false, "kind": "unsupported" | "error", "reason": "..."}`` and the
-worker lives on. Between requests a worker blocks in a read, so that its peers have the machine for themselves.
+A request that fails is answered with ``{"ok": false, "kind": "unsupported" | "error", "reason": "..."}`` and
+the worker lives on. Between requests a worker blocks in a read, so that its peers have the machine for
+themselves.
 """
 
 from __future__ import annotations
@@ -69,6 +74,14 @@ class Worker(ABC):
     def logits(self, tokens: Sequence[int]) -> Any:
         """float32 array [tokens, vocab]: logits (or log-probabilities) of the next token at each position."""
 
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+        """Seconds for the greedy continuation of all prompts by ``new_tokens``, text included."""
+        raise UnsupportedError("only gristmill's public interface is measured beside its steps")
+
+    def roofline(self, batch: int, context: int, new_tokens: int) -> tuple[float, float]:
+        """(bytes that a decode step has to move, bytes a second this process reads of as many)."""
+        raise UnsupportedError("the bytes that a step moves are counted for gristmill only")
+
 
 def package_versions(*names: str) -> dict[str, str]:
     """Installed versions of the distributions called ``names``."""
@@ -98,6 +111,12 @@ def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     if operation == "decode":
         first, rest, tokens = worker.decode(request["prompts"], request["new_tokens"])
         return {"prefill_seconds": first, "seconds": rest, "tokens": tokens}
+    if operation == "generate":
+        seconds = worker.generate(request["prompts"], request["new_tokens"])
+        return {"seconds": seconds, "tokens": len(request["prompts"]) * request["new_tokens"]}
+    if operation == "roofline":
+        size, rate = worker.roofline(request["batch"], request["context"], request["new_tokens"])
+        return {"bytes_per_step": size, "bytes_per_second": rate}
     if operation == "logits":
         import numpy as np
 

@@ -1,0 +1,1 @@
+"""What `peers.py`, `quality.py` and `greedy.py` share: environments, model files, workers, figures."""
