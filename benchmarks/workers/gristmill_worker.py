@@ -20,12 +20,13 @@ ROOM = 64
 
 
 class GristmillWorker(Worker):
-    """A model in one mode. Views are kept for every shape of request and emptied, as contexts of llama.cpp are."""
+    """A model in one mode. The views of every shape of request are kept, as llama.cpp keeps its contexts."""
 
     def load(self, model: Path, mode: str, threads: int, options: dict[str, Any]) -> int:
         kept = ("activations", "kv_dtype")
         chosen = {name: options[name] for name in kept if name in options}
-        self.subject = Subject.load(str(model), weights=mode, threads=threads, **chosen)
+        weights = options.get("weights", mode)
+        self.subject = Subject.load(str(model), weights=weights, threads=threads, **chosen)
         self.executor = self.subject.executor
         self.kept: dict[tuple[int, int], list[KVView]] = {}
         modes = self.subject.modes()
@@ -94,6 +95,12 @@ class GristmillWorker(Worker):
         start = time.perf_counter()
         model.generate_batch(prompts, raw=True, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         return time.perf_counter() - start
+
+    def continuations(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], str]]:
+        model = self.subject.model()
+        kind = {"raw": True, "max_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
+        found = [model.generate(prompt, **kind) for prompt in prompts]
+        return [(result.token_ids, result.text) for result in found]
 
     def roofline(self, batch: int, context: int, new_tokens: int) -> tuple[float, float]:
         # The first new token is the prompt's; the steps after it begin with the context full.

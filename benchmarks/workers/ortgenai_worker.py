@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ class OrtWorker(Worker):
     def load(self, model: Path, mode: str, threads: int, options: dict[str, Any]) -> int:
         config = genai.Config(str(model))
         session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-        config.overlay(_json({"model": {"decoder": {"session_options": session}}}))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self.model = genai.Model(config)
         self.notes = ["model builder -p int4 -e cpu: blocks of 32, int8 products, KV f32; head at 4 bits"]
         return tree_bytes(model, ".onnx", ".data")
@@ -60,12 +61,6 @@ class OrtWorker(Worker):
         generator = self._generator(1, len(tokens) + 8)
         generator.append_tokens(np.asarray([tokens], np.int32))
         return np.asarray(generator.get_output("logits"), np.float32)[0].copy()
-
-
-def _json(value: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from worker import Worker, package_versions, serve, tree_bytes
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -23,6 +23,7 @@ class TransformersWorker(Worker):
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=TYPES[mode], attn_implementation="sdpa", local_files_only=True
         ).eval()
+        self.folder = model
         self.notes = [f"KV {mode}, sdpa attention, eager (no torch.compile)"]
         return tree_bytes(model, ".safetensors")
 
@@ -48,6 +49,19 @@ class TransformersWorker(Worker):
             current = self._forward(current, cache, 1).argmax(-1)
         end = time.perf_counter()
         return middle - start, end - middle, (new_tokens - 1) * len(prompts)
+
+    def continuations(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], str]]:
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        found = []
+        for prompt in prompts:
+            cache = DynamicCache(config=self.model.config)
+            current = self._forward(torch.tensor([prompt]), cache, 1).argmax(-1)
+            ids = [int(current)]
+            while len(ids) < new_tokens:
+                current = self._forward(current, cache, 1).argmax(-1)
+                ids.append(int(current))
+            found.append((ids, tokenizer.decode(ids, skip_special_tokens=True)))
+        return found
 
     def logits(self, tokens: Sequence[int]) -> Any:
         cache = DynamicCache(config=self.model.config)

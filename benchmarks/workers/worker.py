@@ -16,6 +16,8 @@ a library prints goes to stderr instead, so replies cannot be broken up. Request
     -> ``{"ok": true, "bytes_per_step": n, "bytes_per_second": n}``
 ``{"op": "logits", "tokens": [ids], "output": "file.npy"}``
     -> ``{"ok": true}``; the file holds float32 [tokens, vocab], logits or log-probabilities
+``{"op": "continue", "prompts": [[ids], ...], "new_tokens": n}``
+    -> ``{"ok": true, "ids": [[ids], ...], "texts": [...]}``: the greedy continuations, past end tokens
 ``{"op": "quit"}``
     -> the process ends.
 
@@ -78,6 +80,10 @@ class Worker(ABC):
         """Seconds for the greedy continuation of all prompts by ``new_tokens``, text included."""
         raise UnsupportedError("only gristmill's public interface is measured beside its steps")
 
+    def continuations(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], str]]:
+        """The greedy continuation of every prompt by ``new_tokens``: its ids, and their text."""
+        raise UnsupportedError("texts are compared between gristmill and Transformers only")
+
     def roofline(self, batch: int, context: int, new_tokens: int) -> tuple[float, float]:
         """(bytes that a decode step has to move, bytes a second this process reads of as many)."""
         raise UnsupportedError("the bytes that a step moves are counted for gristmill only")
@@ -117,6 +123,9 @@ def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     if operation == "roofline":
         size, rate = worker.roofline(request["batch"], request["context"], request["new_tokens"])
         return {"bytes_per_step": size, "bytes_per_second": rate}
+    if operation == "continue":
+        found = worker.continuations(request["prompts"], request["new_tokens"])
+        return {"ids": [ids for ids, _ in found], "texts": [text for _, text in found]}
     if operation == "logits":
         import numpy as np
 
