@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness import measure, plan
+from harness import measure, plan, report
 from harness.environments import SetupError
-from harness.files import LARGE
+from harness.files import DEMO, LARGE
 
 OUT = Path(__file__).resolve().parent / "results" / "peers.json"
+OTHERS = (OUT.with_name("quality.json"), OUT.with_name("greedy.json"))
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "peers.png"
 
 
 def main() -> int:
     """Runs the command line; the exit status."""
     arguments = _arguments()
+    if arguments.summary:
+        return summary(arguments.json)
+    if arguments.plot and find_spec("matplotlib") is None:
+        print("peers: the plot needs matplotlib (the extra [dev]); --no-plot goes without", file=sys.stderr)
+        return 1
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -39,7 +48,10 @@ def main() -> int:
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     say(f"wrote {arguments.json}")
-    return 0
+    if arguments.plot:
+        report.plot(result, PLOT)
+        say(f"wrote {PLOT}")
+    return summary(arguments.json)
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,7 +85,49 @@ def _arguments() -> argparse.Namespace:
         metavar="PATH",
         help=f"the result (default {OUT.parent.name}/{OUT.name} beside this file)",
     )
+    parser.add_argument(
+        "--plot", action=argparse.BooleanOptionalAction, default=True, help="write docs/peers.png"
+    )
+    parser.add_argument(
+        "--summary", action="store_true", help="measure nothing; print what the results say of the targets"
+    )
     return parser.parse_args()
+
+
+def summary(path: Path) -> int:
+    """Prints every target that the results speak of, with those of quality.py and greedy.py beside them."""
+    documents = [json.loads(p.read_text()) if p.exists() else None for p in (path, *OTHERS)]
+    if documents[0] is None:
+        print(f"peers: there is no {path}", file=sys.stderr)
+        return 1
+    print("\n".join(report.check_lines(report.checks(*documents))))
+    return 0
+
+
+def startup(threads: int, say: measure.Say) -> dict[str, Any]:
+    """`gristmill bench --startup` of the demo model, and the bytes of its weights; or why there is none."""
+    command = [
+        sys.executable,
+        "-m",
+        "gristmill",
+        "bench",
+        DEMO,
+        "--startup",
+        "--json",
+        "--threads",
+        str(threads),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        say(f"start-up: {reason}")
+        return {"failure": {"kind": "error", "reason": reason}}
+    result = json.loads(done.stdout)
+    from gristmill.io.checkpoint import Checkpoint
+    from gristmill.io.convert import prepare
+
+    say(f"start-up: {result['first_token_s']:.2f} s to the first token")
+    return {**result, "weight_bytes": Checkpoint.open(prepare(DEMO)).weight_bytes}
 
 
 def run(arguments: argparse.Namespace, say: measure.Say) -> dict[str, Any]:
@@ -98,7 +152,7 @@ def run(arguments: argparse.Namespace, say: measure.Say) -> dict[str, Any]:
         measure.run_group(
             [r for r in records if r.entry.group == group], **settings, only=arguments.figure, say=say
         )
-    return {
+    document = {
         "version": 1,
         "date": time.strftime("%Y-%m-%d", time.gmtime(begin)),
         "seconds": time.time() - begin,
@@ -107,6 +161,10 @@ def run(arguments: argparse.Namespace, say: measure.Say) -> dict[str, Any]:
         "entries": [record.result(plan.SHAPES) for record in records],
         "cannot": [{"engine": e, "what": what, "why": why} for e, what, why in plan.CANNOT],
     }
+    if not (arguments.only or arguments.figure):
+        document["startup"] = startup(arguments.threads, say)
+    document["checks"] = [check.as_json() for check in report.checks(document)]
+    return document
 
 
 if __name__ == "__main__":

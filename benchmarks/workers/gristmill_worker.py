@@ -27,6 +27,7 @@ class GristmillWorker(Worker):
         chosen = {name: options[name] for name in kept if name in options}
         weights = options.get("weights", mode)
         self.subject = Subject.load(str(model), weights=weights, threads=threads, **chosen)
+        self.load_seconds = self.subject.load_s
         self.executor = self.subject.executor
         self.kept: dict[tuple[int, int], list[KVView]] = {}
         modes = self.subject.modes()
