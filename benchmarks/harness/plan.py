@@ -110,6 +110,7 @@ def entries() -> list[Entry]:
     add("openvino", "int8", "openvino-int8")
     add("vllm", "bf16", "hf")
     add("ortgenai", "int4", "ort-int4")
+    add("ortgenai", "int8", "ort-int8")
     add("transformers", "bf16", "hf")
     add("transformers", "f32", "hf")
 
@@ -128,38 +129,26 @@ def entries() -> list[Entry]:
 
 
 CANNOT = [
-    ("llamacpp", "AMX", "its AMX build crashed on a machine with AMX, so it is compiled without"),
-    ("llamacpp", "bf16 KV as gristmill's", "its KV cache is f16, its default, which is as large"),
+    ("llamacpp", "AMX", "its AMX build crashed on a machine that has AMX, so it is compiled without"),
+    ("llamacpp", "KV cache", "f16, its default, which is as large as gristmill's bf16"),
     (
-        "vllm",
-        "GGUF, int4 and int8",
-        "its CPU backend reads neither GGUF nor weights that are only rounded; it runs bf16",
+        "llamacpp",
+        "head and embedding in Q4_0",
+        "its quantiser keeps the tied matrix at a higher precision; gristmill's int4 has it at 4 bits, too",
     ),
+    ("vllm", "GGUF", "it reads none without a plugin, so it runs the dequantised weights in bf16"),
+    ("vllm", "int4", "it needs a checkpoint made by another tool (AWQ, GPTQ); only bf16 is measured"),
     (
-        "vllm",
-        "a choice of instruction set",
-        "it has no build for AVX2 beside the one installed, so it is not in that comparison",
+        "openvino",
+        "GGUF",
+        "the model is exported from the dequantised weights and compressed again by nncf, the head at 8 bits",
     ),
     (
         "openvino",
-        "GGUF's codes",
-        "the model is exported from the dequantised weights and compressed again, head at 8 bits",
+        "logits of all positions",
+        "its pipeline keeps the last one's, so quality is that of the same model compiled without it",
     ),
-    (
-        "openvino",
-        "logits of all positions in its pipeline",
-        "they come from the same model compiled without the pipeline",
-    ),
-    (
-        "ortgenai",
-        "int8 weights on the CPU",
-        "its model builder makes int4, fp16, bf16 and fp32; int4 is measured",
-    ),
-    (
-        "ortgenai",
-        "requests that join a running batch",
-        "all prompts of a batch have one length here, which it needs",
-    ),
-    ("transformers", "packed weights on the CPU", "it dequantises GGUF at load; bf16 and f32 are measured"),
+    ("ortgenai", "GGUF", "its model builder rounds the dequantised weights again"),
+    ("transformers", "GGUF's codes", "it dequantises them at load; it runs bf16 and f32"),
 ]
 """(engine, what, why): what a peer cannot do, or does otherwise, whatever happens in a run."""

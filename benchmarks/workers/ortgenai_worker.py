@@ -14,14 +14,14 @@ from worker import Worker, package_versions, serve, tree_bytes
 
 
 class OrtWorker(Worker):
-    """A directory made by the model builder (int4, block 32, CPU provider)."""
+    """A directory made by the model builder for its CPU provider."""
 
     def load(self, model: Path, mode: str, threads: int, options: dict[str, Any]) -> int:
         config = genai.Config(str(model))
         session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self.model = genai.Model(config)
-        self.notes = ["model builder -p int4 -e cpu: blocks of 32, int8 products, KV f32; head at 4 bits"]
+        self.notes = [f"model builder -p {mode} -e cpu, all else its defaults"]
         return tree_bytes(model, ".onnx", ".data")
 
     def versions(self) -> dict[str, str]:
