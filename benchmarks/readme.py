@@ -87,8 +87,8 @@ def results(peers: dict[str, Any], quality: dict[str, Any] | None) -> list[str]:
     threads, rounds, new = (settings[name] for name in ("threads", "rounds", "new_tokens"))
     note = (
         f"Decode is batch 1 with 512 tokens of context. Batch 16: prompts of 64 tokens and {new} new ones, "
-        "prompts counted in; at 512 only the new tokens count. MB are the weights: in memory for gristmill, in "
-        "the file for the others."
+        "prompts counted in; at 512 only the new tokens count. MB are the weights: in memory for gristmill, "
+        "in the file for the others."
     )
     if quality:
         note += (
