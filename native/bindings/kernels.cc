@@ -21,8 +21,9 @@ using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
-gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group, int64_t groups, int offset,
-                  bool wide, const In<uint8_t>& values, const In<uint8_t>& scales, const In<uint8_t>& mins) {
+gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group, int64_t groups,
+                  int offset, bool wide, const In<uint8_t>& values, const In<uint8_t>& scales,
+                  const In<uint8_t>& mins) {
   gm::Weight w;
   w.storage = storage;
   w.n = n;
@@ -41,74 +42,74 @@ gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-  m.def("encode_int8",
-        [](const std::string& level, In<float> x, int64_t group, int64_t kp, Out<int8_t> q, Out<float> scale,
-           Out<int32_t> sum) {
-          gm::kernel_table(level)->encode_int8(x.data(), x.shape(1), x.shape(0), x.shape(1), group, kp, q.data(),
-                                               scale.data(), sum.data());
-        },
-        "level"_a, "x"_a, "group"_a, "kp"_a, "q"_a, "scale"_a, "sum"_a);
+  m.def(
+      "encode_int8",
+      [](const std::string& level, In<float> x, int64_t group, int64_t kp, Out<int8_t> q, Out<float> scale,
+         Out<int32_t> sum) {
+        gm::kernel_table(level)->encode_int8(x.data(), x.shape(1), x.shape(0), x.shape(1), group, kp,
+                                             q.data(), scale.data(), sum.data());
+      },
+      "level"_a, "x"_a, "group"_a, "kp"_a, "q"_a, "scale"_a, "sum"_a);
 
-  m.def("linear",
-        [](const std::string& level, const std::string& arithmetic, gm::Storage storage, int64_t n, int64_t k,
-           int64_t kp, int64_t group, int64_t groups, int offset, bool wide, In<uint8_t> values, In<uint8_t> scales,
-           In<uint8_t> mins, In<float> x, In<float> bias, bool accumulate, Out<float> out, int64_t block_begin,
-           int64_t block_end) {
-          const gm::KernelTable* t = gm::kernel_table(level);
-          const gm::Weight w = weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins);
-          const auto rows = static_cast<int64_t>(x.shape(0)), ldx = static_cast<int64_t>(x.shape(1));
-          // Poisoned: what scratch held before must not matter.
-          std::vector<char> scratch(static_cast<size_t>(gm::linear_scratch_bytes(w, rows)) + 64, '\xff');
-          void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
-          gm::LinearOut o;
-          o.out = out.data();
-          o.ld = static_cast<int64_t>(out.shape(1));
-          o.bias = bias.size() > 0 ? bias.data() : nullptr;
-          o.accumulate = accumulate;
-          if (arithmetic == "int8") {
-            std::vector<int8_t> q(static_cast<size_t>(rows * kp) + 64);
-            std::vector<float> scale(static_cast<size_t>(rows * groups));
-            std::vector<int32_t> sum(static_cast<size_t>(rows * groups));
-            t->encode_int8(x.data(), ldx, rows, k, group, kp, q.data(), scale.data(), sum.data());
-            gm::Int8Rows r{q.data(), scale.data(), sum.data(), kp, groups};
-            t->linear_int8(w, r, rows, block_begin, block_end, o, aligned);
-          } else if (arithmetic == "bf16") {
-            std::vector<uint16_t> b(static_cast<size_t>(rows * kp) + 64);
-            t->encode_bf16(x.data(), ldx, rows, k, kp, b.data());
-            t->linear_bf16(w, b.data(), kp, rows, block_begin, block_end, o, aligned);
-          } else {
-            t->linear_f32(w, x.data(), ldx, rows, block_begin, block_end, o, aligned);
-          }
+  m.def("linear", [](const std::string& level, const std::string& arithmetic, gm::Storage storage, int64_t n,
+                     int64_t k, int64_t kp, int64_t group, int64_t groups, int offset, bool wide,
+                     In<uint8_t> values, In<uint8_t> scales, In<uint8_t> mins, In<float> x, In<float> bias,
+                     bool accumulate, Out<float> out, int64_t block_begin, int64_t block_end) {
+    const gm::KernelTable* t = gm::kernel_table(level);
+    const gm::Weight w = weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins);
+    const auto rows = static_cast<int64_t>(x.shape(0)), ldx = static_cast<int64_t>(x.shape(1));
+    // Poisoned: what scratch held before must not matter.
+    std::vector<char> scratch(static_cast<size_t>(gm::linear_scratch_bytes(w, rows)) + 64, '\xff');
+    void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+    gm::LinearOut o;
+    o.out = out.data();
+    o.ld = static_cast<int64_t>(out.shape(1));
+    o.bias = bias.size() > 0 ? bias.data() : nullptr;
+    o.accumulate = accumulate;
+    if (arithmetic == "int8") {
+      std::vector<int8_t> q(static_cast<size_t>(rows * kp) + 64);
+      std::vector<float> scale(static_cast<size_t>(rows * groups));
+      std::vector<int32_t> sum(static_cast<size_t>(rows * groups));
+      t->encode_int8(x.data(), ldx, rows, k, group, kp, q.data(), scale.data(), sum.data());
+      gm::Int8Rows r{q.data(), scale.data(), sum.data(), kp, groups};
+      t->linear_int8(w, r, rows, block_begin, block_end, o, aligned);
+    } else if (arithmetic == "bf16") {
+      std::vector<uint16_t> b(static_cast<size_t>(rows * kp) + 64);
+      t->encode_bf16(x.data(), ldx, rows, k, kp, b.data());
+      t->linear_bf16(w, b.data(), kp, rows, block_begin, block_end, o, aligned);
+    } else {
+      t->linear_f32(w, x.data(), ldx, rows, block_begin, block_end, o, aligned);
+    }
+  });
+
+  m.def("decode_row", [](const std::string& level, gm::Storage storage, int64_t n, int64_t k, int64_t kp,
+                         int64_t group, int64_t groups, int offset, bool wide, In<uint8_t> values,
+                         In<uint8_t> scales, In<uint8_t> mins, int64_t row, Out<float> out) {
+    gm::kernel_table(level)->decode_row(
+        weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins), row, out.data());
+  });
+
+  m.def(
+      "read_bandwidth",
+      [](const std::string& level, std::shared_ptr<gm::Pool> pool, int64_t bytes, int rounds) {
+        // Bytes per second of the fastest of `rounds` passes over one arena on huge pages.
+        nb::gil_scoped_release release;
+        const gm::KernelTable* t = gm::kernel_table(level);
+        gm::Arena arena(static_cast<size_t>(bytes), true);
+        const int threads = pool->threads();
+        const int64_t share = bytes / threads / 256 * 256;
+        pool->run([&](int thread) {
+          for (int64_t i = 0; i < share; i += 4096) arena.data()[thread * share + i] = 1;
         });
-
-  m.def("decode_row",
-        [](const std::string& level, gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group,
-           int64_t groups, int offset, bool wide, In<uint8_t> values, In<uint8_t> scales, In<uint8_t> mins,
-           int64_t row, Out<float> out) {
-          gm::kernel_table(level)->decode_row(
-              weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins), row, out.data());
-        });
-
-  m.def("read_bandwidth",
-        [](const std::string& level, std::shared_ptr<gm::Pool> pool, int64_t bytes, int rounds) {
-          // Bytes per second of the fastest of `rounds` passes over one arena on huge pages.
-          nb::gil_scoped_release release;
-          const gm::KernelTable* t = gm::kernel_table(level);
-          gm::Arena arena(static_cast<size_t>(bytes), true);
-          const int threads = pool->threads();
-          const int64_t share = bytes / threads / 256 * 256;
-          pool->run([&](int thread) {
-            for (int64_t i = 0; i < share; i += 4096) arena.data()[thread * share + i] = 1;
-          });
-          double best = 1e30;
-          volatile uint64_t sink = 0;
-          for (int r = 0; r < rounds; ++r) {
-            const auto begin = std::chrono::steady_clock::now();
-            pool->run([&](int thread) { sink = t->read_all(arena.data() + thread * share, share); });
-            const double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-            best = s < best ? s : best;
-          }
-          return static_cast<double>(share * threads) / best;
-        },
-        "level"_a, "pool"_a, "bytes"_a, "rounds"_a);
+        double best = 1e30;
+        volatile uint64_t sink = 0;
+        for (int r = 0; r < rounds; ++r) {
+          const auto begin = std::chrono::steady_clock::now();
+          pool->run([&](int thread) { sink = t->read_all(arena.data() + thread * share, share); });
+          const double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+          best = s < best ? s : best;
+        }
+        return static_cast<double>(share * threads) / best;
+      },
+      "level"_a, "pool"_a, "bytes"_a, "rounds"_a);
 }

@@ -21,11 +21,12 @@ using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
-// One attention layer with sequences of its own: new tokens are appended and attended to in one call, as in a step.
+// One attention layer with sequences of its own: new tokens are appended and attended to in one call, as in a
+// step.
 class AttentionLayer {
  public:
-  AttentionLayer(std::string level, int heads, int kv_heads, int head_dim, float scale, int64_t window, bool kv_bf16,
-                 bool bf16_math, int64_t max_step)
+  AttentionLayer(std::string level, int heads, int kv_heads, int head_dim, float scale, int64_t window,
+                 bool kv_bf16, bool bf16_math, int64_t max_step)
       : level_(std::move(level)) {
     args_.heads = heads;
     args_.kv_heads = kv_heads;
@@ -49,8 +50,8 @@ class AttentionLayer {
     return view;
   }
 
-  // q [tokens][heads * head_dim], k and v [tokens][kv_heads * head_dim]; `parts` splits every phase into that many
-  // ranges, run in descending order.
+  // q [tokens][heads * head_dim], k and v [tokens][kv_heads * head_dim]; `parts` splits every phase into that
+  // many ranges, run in descending order.
   void run(In<float> q, In<float> k, In<float> v, In<float> cos, In<float> sin, Out<float> out,
            const std::vector<gm::KvView*>& views, const std::vector<int64_t>& lengths, int64_t parts) {
     const gm::KernelTable* t = gm::kernel_table(level_);
@@ -82,7 +83,8 @@ class AttentionLayer {
     if (t->attention_long(a)) {
       in_parts(tokens, [&](int64_t b, int64_t e) { t->attention_prepare(a, b, e, scratch.data()); });
     }
-    in_parts(t->attention_items(a), [&](int64_t b, int64_t e) { t->attention_spans(a, b, e, scratch.data()); });
+    in_parts(t->attention_items(a),
+             [&](int64_t b, int64_t e) { t->attention_spans(a, b, e, scratch.data()); });
     in_parts(tokens, [&](int64_t b, int64_t e) { t->attention_merge(a, b, e); });
     for (size_t i = 0; i < views.size(); ++i) views[i]->append(lengths[i]);
   }
@@ -100,27 +102,31 @@ void bind_attention_kernels(nb::module_& m) {
       .def(nb::init<std::string, int, int, int, float, int64_t, bool, bool, int64_t>(), "level"_a, "heads"_a,
            "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "kv_bf16"_a, "bf16_math"_a, "max_step"_a)
       .def("allocate", &AttentionLayer::allocate, "capacity"_a, "fill"_a = 0, nb::rv_policy::take_ownership)
-      .def("run", &AttentionLayer::run, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "out"_a, "views"_a, "lengths"_a,
-           "parts"_a = 1);
+      .def("run", &AttentionLayer::run, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "out"_a, "views"_a,
+           "lengths"_a, "parts"_a = 1);
 
-  m.def("rmsnorm",
-        [](const std::string& level, In<float> x, In<float> w, Out<float> y, float eps) {
-          const auto n = static_cast<int64_t>(x.shape(1));
-          gm::kernel_table(level)->rmsnorm(x.data(), n, w.data(), y.data(), n, static_cast<int64_t>(x.shape(0)), n,
-                                           eps);
-        },
-        "level"_a, "x"_a, "w"_a, "y"_a, "eps"_a);
-  m.def("add",
-        [](const std::string& level, Out<float> x, In<float> y) {
-          const auto n = static_cast<int64_t>(x.shape(1));
-          gm::kernel_table(level)->add(x.data(), n, y.data(), n, static_cast<int64_t>(x.shape(0)), n);
-        },
-        "level"_a, "x"_a, "y"_a);
-  m.def("gated",
-        [](const std::string& level, In<float> gate, In<float> up, Out<float> out, int activation) {
-          const auto n = static_cast<int64_t>(gate.shape(1));
-          gm::kernel_table(level)->gated(gate.data(), up.data(), out.data(), n, static_cast<int64_t>(gate.shape(0)),
-                                         n, static_cast<gm::Activation>(activation));
-        },
-        "level"_a, "gate"_a, "up"_a, "out"_a, "activation"_a);
+  m.def(
+      "rmsnorm",
+      [](const std::string& level, In<float> x, In<float> w, Out<float> y, float eps) {
+        const auto n = static_cast<int64_t>(x.shape(1));
+        gm::kernel_table(level)->rmsnorm(x.data(), n, w.data(), y.data(), n, static_cast<int64_t>(x.shape(0)),
+                                         n, eps);
+      },
+      "level"_a, "x"_a, "w"_a, "y"_a, "eps"_a);
+  m.def(
+      "add",
+      [](const std::string& level, Out<float> x, In<float> y) {
+        const auto n = static_cast<int64_t>(x.shape(1));
+        gm::kernel_table(level)->add(x.data(), n, y.data(), n, static_cast<int64_t>(x.shape(0)), n);
+      },
+      "level"_a, "x"_a, "y"_a);
+  m.def(
+      "gated",
+      [](const std::string& level, In<float> gate, In<float> up, Out<float> out, int activation) {
+        const auto n = static_cast<int64_t>(gate.shape(1));
+        gm::kernel_table(level)->gated(gate.data(), up.data(), out.data(), n,
+                                       static_cast<int64_t>(gate.shape(0)), n,
+                                       static_cast<gm::Activation>(activation));
+      },
+      "level"_a, "gate"_a, "up"_a, "out"_a, "activation"_a);
 }

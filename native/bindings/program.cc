@@ -1,11 +1,12 @@
 // Program, pool, KV views: what the native executor is made of.
+#include "runtime/program.h"
+
+#include <fcntl.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,7 +14,6 @@
 
 #include "bindings/bind.h"
 #include "runtime/isa.h"
-#include "runtime/program.h"
 
 using namespace nb::literals;
 
@@ -29,7 +29,8 @@ class WeightArena {
   int64_t put(Array<uint8_t> bytes) {
     const int64_t at = used_;
     const auto n = static_cast<int64_t>(bytes.nbytes());
-    if (at + n > static_cast<int64_t>(arena_.bytes())) throw std::invalid_argument("the weight arena is full");
+    if (at + n > static_cast<int64_t>(arena_.bytes()))
+      throw std::invalid_argument("the weight arena is full");
     {
       nb::gil_scoped_release release;
       std::memcpy(arena_.data() + at, bytes.data(), static_cast<size_t>(n));
@@ -37,7 +38,8 @@ class WeightArena {
     used_ = (at + n + 63) / 64 * 64;
     return reinterpret_cast<int64_t>(arena_.data() + at);
   }
-  // Reads bytes of a file into the arena, past the page tables: a map's pages would count as the process's own.
+  // Reads bytes of a file into the arena, past the page tables: a map's pages would count as the process's
+  // own.
   int64_t read(const std::string& path, int64_t offset, int64_t bytes) {
     const int64_t at = used_;
     if (bytes < 0 || at + bytes > static_cast<int64_t>(arena_.bytes())) {
@@ -49,7 +51,8 @@ class WeightArena {
       const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
       failure = file < 0 ? errno : 0;
       for (int64_t done = 0; failure == 0 && done < bytes;) {
-        const ssize_t n = pread(file, arena_.data() + at + done, static_cast<size_t>(bytes - done), offset + done);
+        const ssize_t n =
+            pread(file, arena_.data() + at + done, static_cast<size_t>(bytes - done), offset + done);
         if (n > 0) done += n;
         if (n == 0) failure = ENODATA;
         if (n < 0 && errno != EINTR) failure = errno;
@@ -76,16 +79,20 @@ class WeightArena {
 void bind_isa(nb::module_& m) {
   m.def("available_levels", &gm::available_levels, "Instruction-set levels this machine can run, ascending.");
   m.def("compiled_levels", &gm::compiled_levels);
-  m.def("default_level", &gm::default_level, "The level in use: the highest, or the one GRISTMILL_ISA names.");
+  m.def("default_level", &gm::default_level,
+        "The level in use: the highest, or the one GRISTMILL_ISA names.");
 }
 
 void bind_program(nb::module_& m) {
-  nb::class_<gm::Pool>(m, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &gm::Pool::threads);
+  nb::class_<gm::Pool>(m, "Pool")
+      .def(nb::init<int>(), "threads"_a)
+      .def_prop_ro("threads", &gm::Pool::threads);
 
   nb::class_<WeightArena>(m, "WeightArena")
       .def(nb::init<int64_t>(), "bytes"_a)
       .def("put", &WeightArena::put, nb::arg("bytes").noconvert(), "Copies the bytes in; their address.")
-      .def("read", &WeightArena::read, "path"_a, "offset"_a, "bytes"_a, "Reads part of a file in; its address.")
+      .def("read", &WeightArena::read, "path"_a, "offset"_a, "bytes"_a,
+           "Reads part of a file in; its address.")
       .def_prop_ro("used", &WeightArena::used);
 
   nb::class_<gm::KvView>(m, "KvView")
@@ -108,184 +115,204 @@ void bind_program(nb::module_& m) {
 
   using Term = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
   nb::class_<gm::Program>(m, "Program")
-      .def("__init__",
-           [](gm::Program* self, const std::string& level, std::shared_ptr<gm::Pool> pool) {
-             new (self) gm::Program(gm::kernel_table(level), std::move(pool));
-           },
-           "level"_a, "pool"_a)
-      .def("add_weight",
-           [](gm::Program& p, gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group, int64_t groups,
-              int offset, bool wide_scales, int64_t values, int64_t scales, int64_t mins) {
-             gm::Weight w;
-             w.storage = storage;
-             w.n = n;
-             w.k = k;
-             w.kp = kp;
-             w.group = group;
-             w.groups = groups;
-             w.offset = offset;
-             w.wide_scales = wide_scales;
-             w.values = reinterpret_cast<const void*>(values);
-             w.scales = reinterpret_cast<const void*>(scales);
-             w.mins = reinterpret_cast<const void*>(mins);
-             return p.add_weight(w);
-           },
-           "storage"_a, "n"_a, "k"_a, "kp"_a, "group"_a, "groups"_a, "offset"_a, "wide_scales"_a, "values"_a,
-           "scales"_a, "mins"_a, "Registers a packed weight by the addresses of its arrays, which must outlive the program.")
-      .def("add_vector",
-           [](gm::Program& p, Array<float> v) {
-             return p.add_vector(std::vector<float>(v.data(), v.data() + v.size()));
-           },
-           nb::arg("values").noconvert())
-      .def("add_buffer",
-           [](gm::Program& p, gm::Encoding encoding, bool logits, int64_t width, int64_t padded, int64_t group,
-              bool private_copies) {
-             gm::BufferSpec s;
-             s.encoding = encoding;
-             s.rows = logits ? gm::Rows::kLogits : gm::Rows::kTokens;
-             s.width = width;
-             s.padded = padded;
-             s.group = group;
-             s.private_copies = private_copies;
-             return p.add_buffer(s);
-           },
-           "encoding"_a, "logits"_a, "width"_a, "padded"_a, "group"_a, "private_copies"_a)
+      .def(
+          "__init__",
+          [](gm::Program* self, const std::string& level, std::shared_ptr<gm::Pool> pool) {
+            new (self) gm::Program(gm::kernel_table(level), std::move(pool));
+          },
+          "level"_a, "pool"_a)
+      .def(
+          "add_weight",
+          [](gm::Program& p, gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group,
+             int64_t groups, int offset, bool wide_scales, int64_t values, int64_t scales, int64_t mins) {
+            gm::Weight w;
+            w.storage = storage;
+            w.n = n;
+            w.k = k;
+            w.kp = kp;
+            w.group = group;
+            w.groups = groups;
+            w.offset = offset;
+            w.wide_scales = wide_scales;
+            w.values = reinterpret_cast<const void*>(values);
+            w.scales = reinterpret_cast<const void*>(scales);
+            w.mins = reinterpret_cast<const void*>(mins);
+            return p.add_weight(w);
+          },
+          "storage"_a, "n"_a, "k"_a, "kp"_a, "group"_a, "groups"_a, "offset"_a, "wide_scales"_a, "values"_a,
+          "scales"_a, "mins"_a,
+          "Registers a packed weight by the addresses of its arrays, which must outlive the program.")
+      .def(
+          "add_vector",
+          [](gm::Program& p, Array<float> v) {
+            return p.add_vector(std::vector<float>(v.data(), v.data() + v.size()));
+          },
+          nb::arg("values").noconvert())
+      .def(
+          "add_buffer",
+          [](gm::Program& p, gm::Encoding encoding, bool logits, int64_t width, int64_t padded, int64_t group,
+             bool private_copies) {
+            gm::BufferSpec s;
+            s.encoding = encoding;
+            s.rows = logits ? gm::Rows::kLogits : gm::Rows::kTokens;
+            s.width = width;
+            s.padded = padded;
+            s.group = group;
+            s.private_copies = private_copies;
+            return p.add_buffer(s);
+          },
+          "encoding"_a, "logits"_a, "width"_a, "padded"_a, "group"_a, "private_copies"_a)
       .def("add_rope", &gm::Program::add_rope)
-      .def("set_rope",
-           [](gm::Program& p, int64_t index, Array<float> cos, Array<float> sin) {
-             if (cos.ndim() != 2) throw std::invalid_argument("rope tables must be [positions][half]");
-             p.set_rope(index, std::vector<float>(cos.data(), cos.data() + cos.size()),
-                        std::vector<float>(sin.data(), sin.data() + sin.size()), static_cast<int64_t>(cos.shape(1)));
-           },
-           "index"_a, nb::arg("cos").noconvert(), nb::arg("sin").noconvert())
-      .def("add_embedding",
-           [](gm::Program& p, const std::string& name, int64_t weight, int64_t out, float scale) {
-             gm::Node n;
-             n.op = gm::Op::kEmbedding;
-             n.name = name;
-             n.weight = weight;
-             n.out = {out};
-             n.scale = scale;
-             p.add_node(n);
-           },
-           "name"_a, "weight"_a, "out"_a, "scale"_a)
-      .def("add_rmsnorm",
-           [](gm::Program& p, const std::string& name, int64_t in, int64_t out, int64_t vector, float eps,
-              int64_t heads) {
-             gm::Node n;
-             n.op = gm::Op::kRmsNorm;
-             n.name = name;
-             n.in = {in};
-             n.out = {out};
-             n.vector = vector;
-             n.eps = eps;
-             n.heads = heads;
-             p.add_node(n);
-           },
-           "name"_a, "in_"_a, "out"_a, "vector"_a, "eps"_a, "heads"_a)
-      .def("add_add",
-           [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
-             gm::Node n;
-             n.op = gm::Op::kAdd;
-             n.name = name;
-             n.in = {in};
-             n.out = {out};
-             p.add_node(n);
-           },
-           "name"_a, "in_"_a, "out"_a, "out += in")
-      .def("add_encode",
-           [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
-             gm::Node n;
-             n.op = gm::Op::kEncode;
-             n.name = name;
-             n.in = {in};
-             n.out = {out};
-             p.add_node(n);
-           },
-           "name"_a, "in_"_a, "out"_a)
-      .def("add_linears",
-           [](gm::Program& p, const std::string& name, const std::vector<Term>& terms, int gate) {
-             gm::Node n;
-             n.op = gm::Op::kLinears;
-             n.name = name;
-             for (const Term& t : terms) {
-               gm::LinearTerm term;
-               std::tie(term.weight, term.input, term.output, term.bias, term.accumulate) = t;
-               n.terms.push_back(term);
-             }
-             n.gate = gate >= 0;
-             if (n.gate) n.activation = static_cast<gm::Activation>(gate);
-             p.add_node(n);
-           },
-           "name"_a, "terms"_a, "gate"_a,
-           "Terms (weight, input, output, bias or -1, accumulate); gate: -1, or 0 silu, 1 tanh-gelu of terms 0 and 1.")
-      .def("add_attention",
-           [](gm::Program& p, const std::string& name, int64_t layer, int64_t q, int64_t k, int64_t v, int64_t out,
-              int heads, int kv_heads, int head_dim, float scale, int64_t window, int64_t rope, bool bf16_math) {
-             gm::Node n;
-             n.op = gm::Op::kAttention;
-             n.name = name;
-             n.layer = layer;
-             n.in = {q, k, v};
-             n.out = {out};
-             n.rope = rope;
-             n.attention.heads = heads;
-             n.attention.kv_heads = kv_heads;
-             n.attention.head_dim = head_dim;
-             n.attention.scale = scale;
-             n.attention.window = window;
-             n.attention.kv_bf16 = p.geometry().element_bytes == 2;
-             n.attention.bf16_math = bf16_math;
-             p.add_node(n);
-           },
-           "name"_a, "layer"_a, "q"_a, "k"_a, "v"_a, "out"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a,
-           "window"_a, "rope"_a, "bf16_math"_a)
-      .def("add_select_rows",
-           [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
-             gm::Node n;
-             n.op = gm::Op::kSelectRows;
-             n.name = name;
-             n.in = {in};
-             n.out = {out};
-             p.add_node(n);
-           },
-           "name"_a, "in_"_a, "out"_a)
-      .def("set_geometry",
-           [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int>>& layers, int64_t element_bytes,
-              int64_t max_step) {
-             gm::KvGeometry g;
-             for (const auto& [window, kv_heads, head_dim] : layers) g.layers.push_back({window, kv_heads, head_dim});
-             g.element_bytes = element_bytes;
-             g.max_step = max_step;
-             p.set_geometry(g);
-           },
-           "layers"_a, "element_bytes"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim).")
+      .def(
+          "set_rope",
+          [](gm::Program& p, int64_t index, Array<float> cos, Array<float> sin) {
+            if (cos.ndim() != 2) throw std::invalid_argument("rope tables must be [positions][half]");
+            p.set_rope(index, std::vector<float>(cos.data(), cos.data() + cos.size()),
+                       std::vector<float>(sin.data(), sin.data() + sin.size()),
+                       static_cast<int64_t>(cos.shape(1)));
+          },
+          "index"_a, nb::arg("cos").noconvert(), nb::arg("sin").noconvert())
+      .def(
+          "add_embedding",
+          [](gm::Program& p, const std::string& name, int64_t weight, int64_t out, float scale) {
+            gm::Node n;
+            n.op = gm::Op::kEmbedding;
+            n.name = name;
+            n.weight = weight;
+            n.out = {out};
+            n.scale = scale;
+            p.add_node(n);
+          },
+          "name"_a, "weight"_a, "out"_a, "scale"_a)
+      .def(
+          "add_rmsnorm",
+          [](gm::Program& p, const std::string& name, int64_t in, int64_t out, int64_t vector, float eps,
+             int64_t heads) {
+            gm::Node n;
+            n.op = gm::Op::kRmsNorm;
+            n.name = name;
+            n.in = {in};
+            n.out = {out};
+            n.vector = vector;
+            n.eps = eps;
+            n.heads = heads;
+            p.add_node(n);
+          },
+          "name"_a, "in_"_a, "out"_a, "vector"_a, "eps"_a, "heads"_a)
+      .def(
+          "add_add",
+          [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
+            gm::Node n;
+            n.op = gm::Op::kAdd;
+            n.name = name;
+            n.in = {in};
+            n.out = {out};
+            p.add_node(n);
+          },
+          "name"_a, "in_"_a, "out"_a, "out += in")
+      .def(
+          "add_encode",
+          [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
+            gm::Node n;
+            n.op = gm::Op::kEncode;
+            n.name = name;
+            n.in = {in};
+            n.out = {out};
+            p.add_node(n);
+          },
+          "name"_a, "in_"_a, "out"_a)
+      .def(
+          "add_linears",
+          [](gm::Program& p, const std::string& name, const std::vector<Term>& terms, int gate) {
+            gm::Node n;
+            n.op = gm::Op::kLinears;
+            n.name = name;
+            for (const Term& t : terms) {
+              gm::LinearTerm term;
+              std::tie(term.weight, term.input, term.output, term.bias, term.accumulate) = t;
+              n.terms.push_back(term);
+            }
+            n.gate = gate >= 0;
+            if (n.gate) n.activation = static_cast<gm::Activation>(gate);
+            p.add_node(n);
+          },
+          "name"_a, "terms"_a, "gate"_a,
+          "Terms (weight, input, output, bias or -1, accumulate); gate: -1, or 0 silu, 1 tanh-gelu of terms "
+          "0 and 1.")
+      .def(
+          "add_attention",
+          [](gm::Program& p, const std::string& name, int64_t layer, int64_t q, int64_t k, int64_t v,
+             int64_t out, int heads, int kv_heads, int head_dim, float scale, int64_t window, int64_t rope,
+             bool bf16_math) {
+            gm::Node n;
+            n.op = gm::Op::kAttention;
+            n.name = name;
+            n.layer = layer;
+            n.in = {q, k, v};
+            n.out = {out};
+            n.rope = rope;
+            n.attention.heads = heads;
+            n.attention.kv_heads = kv_heads;
+            n.attention.head_dim = head_dim;
+            n.attention.scale = scale;
+            n.attention.window = window;
+            n.attention.kv_bf16 = p.geometry().element_bytes == 2;
+            n.attention.bf16_math = bf16_math;
+            p.add_node(n);
+          },
+          "name"_a, "layer"_a, "q"_a, "k"_a, "v"_a, "out"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a,
+          "window"_a, "rope"_a, "bf16_math"_a)
+      .def(
+          "add_select_rows",
+          [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
+            gm::Node n;
+            n.op = gm::Op::kSelectRows;
+            n.name = name;
+            n.in = {in};
+            n.out = {out};
+            p.add_node(n);
+          },
+          "name"_a, "in_"_a, "out"_a)
+      .def(
+          "set_geometry",
+          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int>>& layers, int64_t element_bytes,
+             int64_t max_step) {
+            gm::KvGeometry g;
+            for (const auto& [window, kv_heads, head_dim] : layers)
+              g.layers.push_back({window, kv_heads, head_dim});
+            g.element_bytes = element_bytes;
+            g.max_step = max_step;
+            p.set_geometry(g);
+          },
+          "layers"_a, "element_bytes"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim).")
       .def("set_logits", &gm::Program::set_logits, "buffer"_a)
-      .def("allocate",
-           [](const gm::Program& p, int64_t capacity) { return new gm::KvView(p.geometry(), capacity); },
-           "capacity"_a, nb::rv_policy::take_ownership)
-      .def("run",
-           [](gm::Program& p, Array<int32_t> tokens, const std::vector<gm::KvView*>& views,
-              const std::vector<int64_t>& lengths, Array<int32_t> logit_rows,
-              nb::ndarray<float, nb::c_contig, nb::device::cpu> logits, Array<int32_t> cancel) {
-             gm::StepInput in;
-             in.tokens = tokens.data();
-             in.token_count = static_cast<int64_t>(tokens.size());
-             in.views = views;
-             in.lengths = lengths;
-             in.logit_rows = logit_rows.data();
-             in.logit_count = static_cast<int64_t>(logit_rows.size());
-             in.logits = logits.data();
-             if (static_cast<int64_t>(logits.size()) != in.logit_count * p.vocabulary()) {
-               throw std::invalid_argument("the logits array must be [logit rows][vocabulary]");
-             }
-             in.cancel = cancel.size() > 0 ? cancel.data() : nullptr;
-             nb::gil_scoped_release release;
-             return p.run(in);
-           },
-           nb::arg("tokens").noconvert(), "views"_a, "lengths"_a, nb::arg("logit_rows").noconvert(),
-           nb::arg("logits").noconvert(), nb::arg("cancel").noconvert(),
-           "One step; false if cancelled. The GIL is released.")
+      .def(
+          "allocate",
+          [](const gm::Program& p, int64_t capacity) { return new gm::KvView(p.geometry(), capacity); },
+          "capacity"_a, nb::rv_policy::take_ownership)
+      .def(
+          "run",
+          [](gm::Program& p, Array<int32_t> tokens, const std::vector<gm::KvView*>& views,
+             const std::vector<int64_t>& lengths, Array<int32_t> logit_rows,
+             nb::ndarray<float, nb::c_contig, nb::device::cpu> logits, Array<int32_t> cancel) {
+            gm::StepInput in;
+            in.tokens = tokens.data();
+            in.token_count = static_cast<int64_t>(tokens.size());
+            in.views = views;
+            in.lengths = lengths;
+            in.logit_rows = logit_rows.data();
+            in.logit_count = static_cast<int64_t>(logit_rows.size());
+            in.logits = logits.data();
+            if (static_cast<int64_t>(logits.size()) != in.logit_count * p.vocabulary()) {
+              throw std::invalid_argument("the logits array must be [logit rows][vocabulary]");
+            }
+            in.cancel = cancel.size() > 0 ? cancel.data() : nullptr;
+            nb::gil_scoped_release release;
+            return p.run(in);
+          },
+          nb::arg("tokens").noconvert(), "views"_a, "lengths"_a, nb::arg("logit_rows").noconvert(),
+          nb::arg("logits").noconvert(), nb::arg("cancel").noconvert(),
+          "One step; false if cancelled. The GIL is released.")
       .def("set_profiling", &gm::Program::set_profiling, "on"_a)
       .def("profile",
            [](const gm::Program& p) {

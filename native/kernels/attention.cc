@@ -1,15 +1,15 @@
 // Attention over the tiled KV cache, one arithmetic for prefill and decode.
 //
-// A query row (one token, one head) meets its keys in tiles of 64 aligned to the sequence's own index, tiles in spans
-// of 256. Within a span: s = scale * (q . k); m = running maximum; p = exp(s - m); l = running sum of p;
-// o = running sum of p v, o and l being rescaled when m grows. Spans are then merged ascending:
-// m' = max(m, m_s), o = o exp(m - m') + o_s exp(m_s - m'), l likewise; out = o / l. A masked key has p = 0 exactly, and
-// a tile or span without visible keys changes no bit, so rows may be grouped in any way.
+// A query row (one token, one head) meets its keys in tiles of 64 aligned to the sequence's own index, tiles
+// in spans of 256. Within a span: s = scale * (q . k); m = running maximum; p = exp(s - m); l = running sum
+// of p; o = running sum of p v, o and l being rescaled when m grows. Spans are then merged ascending: m' =
+// max(m, m_s), o = o exp(m - m') + o_s exp(m_s - m'), l likewise; out = o / l. A masked key has p = 0
+// exactly, and a tile or span without visible keys changes no bit, so rows may be grouped in any way.
 //
-// Sequences of few new tokens ("short": one block of rows) are cut into one item per KV head and span, whose partial
-// results are merged afterwards; each item rotates its queries and writes the new keys and values of its own span, so
-// that no thread waits for another. Longer ones are cut by blocks of rows, which run all their spans in order; their
-// keys and values are written beforehand.
+// Sequences of few new tokens ("short": one block of rows) are cut into one item per KV head and span, whose
+// partial results are merged afterwards; each item rotates its queries and writes the new keys and values of
+// its own span, so that no thread waits for another. Longer ones are cut by blocks of rows, which run all
+// their spans in order; their keys and values are written beforehand.
 #include "kernels.h"
 #include "vec/vec.h"
 
@@ -29,7 +29,9 @@ bool is_short(const AttentionArgs& a, const AttentionSequence& s) { return s.row
 int64_t first_key(const AttentionArgs& a, int64_t position) {
   return a.window == 0 ? 0 : most(0, position - a.window + 1);
 }
-int64_t first_span(const AttentionArgs& a, const AttentionSequence& s) { return first_key(a, s.start) / kSpan; }
+int64_t first_span(const AttentionArgs& a, const AttentionSequence& s) {
+  return first_key(a, s.start) / kSpan;
+}
 int64_t span_count(const AttentionArgs& a, const AttentionSequence& s) {
   return (s.start + s.rows - 1) / kSpan - first_span(a, s) + 1;
 }
@@ -47,9 +49,9 @@ int64_t items_of(const AttentionArgs& a, const AttentionSequence& s) {
 struct Item {
   const AttentionSequence* sequence;
   int64_t kv_head;
-  int64_t token, tokens;          // new tokens of the sequence
+  int64_t token, tokens;  // new tokens of the sequence
   int64_t span_begin, span_end;
-  int64_t partial;                // first row of its partials, -1: writes its result
+  int64_t partial;  // first row of its partials, -1: writes its result
 };
 
 template <class Fn>
@@ -108,12 +110,14 @@ void rotate(const AttentionArgs& a, const float* x, int64_t position, float* y) 
 }
 
 // Writes the key and the value of one new token and head. `last`: nothing follows it in this step.
-void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, bool last, float* rotated) {
+void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, bool last,
+            float* rotated) {
   const int64_t position = s.start + token, hd = a.head_dim, slot = position % kBlock;
   const int64_t at = s.kv.tile_at(position, head);
   rotate(a, a.k + (s.row + token) * a.ldk + head * hd, position, rotated);
   const float* v = a.v + (s.row + token) * a.ldv + head * hd;
-  // The partner that a pair of tokens does not have yet is cleared: it meets p = 0, which must not be 0 * NaN.
+  // The partner that a pair of tokens does not have yet is cleared: it meets p = 0, which must not be 0 *
+  // NaN.
   const bool clear = last && slot % 2 == 0;
   if (a.kv_bf16) {
     auto* k_tile = reinterpret_cast<uint16_t*>(s.kv.k + at) + slot * 2;
@@ -156,24 +160,24 @@ struct Types<Math::kF32> {
 
 // One step of a chain: two columns of bf16, or one or two of f32, ascending.
 template <Math kMath, int kRows, int kWide>
-inline void step(vf (&y)[kRows][kWide], const typename Types<kMath>::Stored* w, int64_t next, int64_t next_column,
-                 const typename Types<kMath>::Query* x, int64_t ldx) {
-GM_UNROLL(4)
+inline void step(vf (&y)[kRows][kWide], const typename Types<kMath>::Stored* w, int64_t next,
+                 int64_t next_column, const typename Types<kMath>::Query* x, int64_t ldx) {
+  GM_UNROLL(4)
   for (int b = 0; b < kWide; ++b) {
     if constexpr (kMath == Math::kBf16) {
       const vh pair = vh_load(w + b * next);
-GM_UNROLL(12)
+      GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) y[r][b] = vf_dot_bf16(y[r][b], pair, x + r * ldx);
     } else if constexpr (kMath == Math::kWide) {
       const vh pair = vh_load(w + b * next);
       const vf even = vh_even(pair), odd = vh_odd(pair);
-GM_UNROLL(12)
+      GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) {
         y[r][b] = vf_fma(odd, vf_set1(x[r * ldx + 1]), vf_fma(even, vf_set1(x[r * ldx]), y[r][b]));
       }
     } else {
       const vf first = vf_load(w + b * next), second = vf_load(w + b * next + next_column);
-GM_UNROLL(12)
+      GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) {
         y[r][b] = vf_fma(second, vf_set1(x[r * ldx + 1]), vf_fma(first, vf_set1(x[r * ldx]), y[r][b]));
       }
@@ -190,13 +194,13 @@ struct Work {
   const Stored* v[4];
   const Stored* k_ahead[4];  // a tile to come, fetched line by line while this one is worked on
   const Stored* v_ahead[4];
-  int64_t keys;        // keys to look at, from the tile's first on
+  int64_t keys;  // keys to look at, from the tile's first on
   int64_t hd;
-  const Query* q;      // [rows][hd]
-  Query* p;            // [rows][64]
-  float* s;            // [rows][64]
-  float* o;            // [rows][hd]
-  float* factor;       // [rows], of o
+  const Query* q;  // [rows][hd]
+  Query* p;        // [rows][64]
+  float* s;        // [rows][64]
+  float* o;        // [rows][hd]
+  float* factor;   // [rows], of o
   float scale;
 };
 
@@ -214,14 +218,14 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
   }
   const auto* q = w.q + row * w.hd;
   for (int64_t d = 0; d < w.hd; d += 2) {
-GM_UNROLL(4)
+    GM_UNROLL(4)
     for (int i = 0; i < kWide; ++i) {
       vf column[kRows][1];
-GM_UNROLL(12)
+      GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) column[r][0] = y[r][i];
       if constexpr (kRows <= 4) prefetch_far(ahead[i] + d * 16);
       step<kMath, kRows, 1>(column, k[i] + d * 16, 0, 16, q + d, w.hd);
-GM_UNROLL(12)
+      GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) y[r][i] = column[r][0];
     }
   }
@@ -350,10 +354,11 @@ void factors(const float* from, const float* to, int64_t rows, float* out) {
   }
 }
 
-// Points at the tile two further on, in this item or the next: the hardware looks ahead within a run only. Without one
-// the lines asked for are those at hand.
+// Points at the tile two further on, in this item or the next: the hardware looks ahead within a run only.
+// Without one the lines asked for are those at hand.
 template <Math kMath>
-void point_ahead(const AttentionArgs& a, const Item& item, const Item* next, int64_t n, int64_t tiles, Work<kMath>& w) {
+void point_ahead(const AttentionArgs& a, const Item& item, const Item* next, int64_t n, int64_t tiles,
+                 Work<kMath>& w) {
   using Stored = typename Types<kMath>::Stored;
   n += 2;
   const Item* of = &item;
@@ -436,7 +441,8 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
         float* sr = x.s + r * kTile;
         for (int64_t i = 0; i < least(low, kTile); ++i) sr[i] = kMasked;
         for (int64_t i = most(high, 0); i < kTile; ++i) sr[i] = kMasked;
-        const vf top = vf_max(vf_max(vf_load(sr), vf_load(sr + 16)), vf_max(vf_load(sr + 32), vf_load(sr + 48)));
+        const vf top =
+            vf_max(vf_max(vf_load(sr), vf_load(sr + 16)), vf_max(vf_load(sr + 32), vf_load(sr + 48)));
         const float m = vf_max_lane(top);
         x.m[r] = m > x.m[r] ? m : x.m[r];
       }
@@ -500,7 +506,8 @@ void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_en
     const AttentionSequence& s = a.sequences[i];
     if (is_short(a, s)) continue;
     for (int64_t t = most(0, row_begin - s.row); t < least(s.rows, row_end - s.row); ++t) {
-      for (int64_t h = 0; h < a.kv_heads; ++h) append(a, s, t, h, t + 1 == s.rows, static_cast<float*>(scratch));
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        append(a, s, t, h, t + 1 == s.rows, static_cast<float*>(scratch));
     }
   }
 }
@@ -528,7 +535,9 @@ int64_t attention_partial_floats(const AttentionArgs& a) {
 }
 
 void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch) {
-  const auto run = !a.kv_bf16 ? run_item<Math::kF32> : a.bf16_math ? run_item<Math::kBf16> : run_item<Math::kWide>;
+  const auto run = !a.kv_bf16    ? run_item<Math::kF32>
+                   : a.bf16_math ? run_item<Math::kBf16>
+                                 : run_item<Math::kWide>;
   Item item{};
   bool first = true;
   each_item(a, item_begin, item_end, [&](const Item& next) {

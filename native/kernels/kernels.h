@@ -21,9 +21,11 @@ uint64_t read_all(const void* data, int64_t bytes);
 bool row_maxima(const float* x, int64_t n, float* maxima);
 void row_exponentials(const float* x, int64_t n, float top, float inverse, float* out, double* sums);
 
-void rmsnorm(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy, int64_t rows, int64_t n, float eps);
+void rmsnorm(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy, int64_t rows, int64_t n,
+             float eps);
 void add(float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t n);
-void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act);
+void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n,
+           Activation act);
 
 bool attention_long(const AttentionArgs& a);
 void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);

@@ -1,8 +1,8 @@
-// Any weight times f32 or bf16 rows: a strip of at most 256 columns of one block is decoded into the L1 cache and
-// multiplied by all rows, so that every storage shares one arithmetic.
+// Any weight times f32 or bf16 rows: a strip of at most 256 columns of one block is decoded into the L1 cache
+// and multiplied by all rows, so that every storage shares one arithmetic.
 //
-// f32: one FMA chain per output, columns ascending. bf16: per pair of columns, the odd then the even product, each a
-// fused step into the same f32 accumulator (what vdpbf16ps does), pairs ascending.
+// f32: one FMA chain per output, columns ascending. bf16: per pair of columns, the odd then the even product,
+// each a fused step into the same f32 accumulator (what vdpbf16ps does), pairs ascending.
 #include "kernels.h"
 #include "vec/vec.h"
 
@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kStrip = 256;
 
-// Columns [k0, k0 + n) of a block, as f32 [n][16]; padding columns decode to finite values that meet zeros in x.
+// Columns [k0, k0 + n) of a block, as f32 [n][16]; padding columns decode to finite values that meet zeros in
+// x.
 struct Decoder {
   const Weight& w;
   int64_t block;
@@ -31,7 +32,8 @@ struct Decoder {
     vf low = w.mins == nullptr ? vf_zero() : scale_at(w.mins, g);
     const bool int4 = w.storage == Storage::kInt4;
     const int64_t width = int4 ? 8 : 4;
-    const uint8_t* codes = static_cast<const uint8_t*>(w.values) + block * w.kp * (int4 ? 8 : 16) + k0 / width * 64;
+    const uint8_t* codes =
+        static_cast<const uint8_t*>(w.values) + block * w.kp * (int4 ? 8 : 16) + k0 / width * 64;
     alignas(64) uint8_t wide[2][64];
     alignas(64) uint8_t lane_major[16];
     for (int64_t k = k0; k < k0 + n; k += width, codes += 64) {
@@ -117,30 +119,30 @@ struct Decoder {
 template <int kRows>
 void tile_f32(const float* strip, int64_t n, const float* x, int64_t ldx, float* acc) {
   vf y[kRows];
-GM_UNROLL(12)
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) y[r] = vf_load(acc + r * 16);
   for (int64_t c = 0; c < n; ++c) {
     const vf w = vf_load(strip + c * 16);
     if constexpr (kRows == 1) prefetch(strip + c * 16 + 1024);
-GM_UNROLL(12)
+    GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) y[r] = vf_fma(w, vf_set1(x[r * ldx + c]), y[r]);
   }
-GM_UNROLL(12)
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) vf_store(acc + r * 16, y[r]);
 }
 
 template <int kRows>
 void tile_bf16(const uint16_t* strip, int64_t n, const uint16_t* x, int64_t ldx, float* acc) {
   vf y[kRows];
-GM_UNROLL(12)
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) y[r] = vf_load(acc + r * 16);
   for (int64_t c = 0; c < n; c += 2) {
     const vh w = vh_load(strip + c * 16);
     if constexpr (kRows == 1) prefetch(strip + c * 16 + 2048);
-GM_UNROLL(12)
+    GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) y[r] = vf_dot_bf16(y[r], w, x + r * ldx + c);
   }
-GM_UNROLL(12)
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) vf_store(acc + r * 16, y[r]);
 }
 
@@ -242,7 +244,9 @@ void decode_row(const Weight& w, int64_t row, float* out) {
   for (int64_t k = 0; k < w.k; ++k) {
     float value;
     switch (w.storage) {
-      case Storage::kF32: value = static_cast<const float*>(w.values)[(block * w.kp + k) * 16 + lane]; break;
+      case Storage::kF32:
+        value = static_cast<const float*>(w.values)[(block * w.kp + k) * 16 + lane];
+        break;
       case Storage::kBf16:
       case Storage::kF16: {
         const uint16_t bits =

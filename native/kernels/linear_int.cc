@@ -1,8 +1,8 @@
 // Integer weights times int8 rows.
 //
-// One order of operations for one row, whatever the number of rows and the level: within a group an exact int32
-// dot of (code - offset) and q; then, groups ascending, y = fma(float(dot), w_scale * x_scale, y) and, for weights
-// with minimums, y = fma(w_min, x_scale * float(sum of q), y).
+// One order of operations for one row, whatever the number of rows and the level: within a group an exact
+// int32 dot of (code - offset) and q; then, groups ascending, y = fma(float(dot), w_scale * x_scale, y) and,
+// for weights with minimums, y = fma(w_min, x_scale * float(sum of q), y).
 //
 // A tile is one block of 16 output rows (the lanes) by up to 12 rows of activations: 12 int32 and 12 f32
 // accumulators fill 24 of the 32 AVX-512 registers, and every code vector is used 12 times.
@@ -13,13 +13,13 @@ namespace gm::GM_LEVEL {
 namespace {
 
 struct Tile {
-  const uint8_t* codes;     // of the block
-  const char* scales;       // of the block
-  const char* mins;         // of the block, or null
-  const int8_t* q;          // first row
-  const float* x_scale;     // [rows][groups]
-  const int32_t* start;     // [rows][groups], -offset * sum
-  const float* x_sum;       // [rows][groups], x_scale * sum
+  const uint8_t* codes;  // of the block
+  const char* scales;    // of the block
+  const char* mins;      // of the block, or null
+  const int8_t* q;       // first row
+  const float* x_scale;  // [rows][groups]
+  const int32_t* start;  // [rows][groups], -offset * sum
+  const float* x_sum;    // [rows][groups], x_scale * sum
   int64_t ldq, group, groups, kp;
 };
 
@@ -42,37 +42,37 @@ void tile(const Tile& t, vf* y) {
     const int8_t* q = t.q + g * group;
     const int64_t columns = kGroup ? kGroup : (g + 1 == t.groups ? t.kp - g * group : group);
     vi dot[kRows];
-GM_UNROLL(12)
+    GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) dot[r] = vi_set1(t.start[r * t.groups + g]);
     if constexpr (kInt4) {
-GM_UNROLL(8)
+      GM_UNROLL(8)
       for (int64_t c = 0; c < columns; c += 8, codes += 64) {
         if constexpr (kPrefetch) prefetch(codes + 3072);
         const vb packed = vb_load(codes);
         const vb low = vb_low_nibble(packed);
         const vb high = vb_high_nibble(packed);
-GM_UNROLL(12)
+        GM_UNROLL(12)
         for (int r = 0; r < kRows; ++r) dot[r] = vi_dot_nibble(dot[r], low, q + r * t.ldq + c);
-GM_UNROLL(12)
+        GM_UNROLL(12)
         for (int r = 0; r < kRows; ++r) dot[r] = vi_dot_nibble(dot[r], high, q + r * t.ldq + c + 4);
       }
     } else {
-GM_UNROLL(8)
+      GM_UNROLL(8)
       for (int64_t c = 0; c < columns; c += 4, codes += 64) {
         if constexpr (kPrefetch) prefetch(codes + 3072);
         const vb w = vb_load(codes);
-GM_UNROLL(12)
+        GM_UNROLL(12)
         for (int r = 0; r < kRows; ++r) dot[r] = vi_dot(dot[r], w, q + r * t.ldq + c);
       }
     }
     const vf scale = load_scale<kWide>(t.scales, g);
-GM_UNROLL(12)
+    GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) {
       acc[r] = vf_fma(vi_float(dot[r]), scale * vf_set1(t.x_scale[r * t.groups + g]), acc[r]);
     }
     if constexpr (kMins) {
       const vf low = load_scale<kWide>(t.mins, g);
-GM_UNROLL(12)
+      GM_UNROLL(12)
       for (int r = 0; r < kRows; ++r) acc[r] = vf_fma(low, vf_set1(t.x_sum[r * t.groups + g]), acc[r]);
     }
   }
@@ -141,8 +141,8 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   }
   const int64_t code_bytes = w.kp * (w.storage == Storage::kInt4 ? 8 : 16);
   const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
-  // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 48, or large
-  // weights would be read from memory too often.
+  // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 48, or
+  // large weights would be read from memory too often.
   const int64_t fit = 49152 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
   const int64_t panel = fit < 48 ? 48 : fit;
   for (int64_t p = 0; p < rows; p += panel) {

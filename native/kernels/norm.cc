@@ -4,7 +4,8 @@
 
 namespace gm::GM_LEVEL {
 
-void rmsnorm(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy, int64_t rows, int64_t n, float eps) {
+void rmsnorm(const float* x, int64_t ldx, const float* w, float* y, int64_t ldy, int64_t rows, int64_t n,
+             float eps) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = x + r * ldx;
     float* to = y + r * ldy;
@@ -55,7 +56,8 @@ vf activate(vf x, Activation act) {
 
 }  // namespace
 
-void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act) {
+void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n,
+           Activation act) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; i += 16) {
       const int lanes = static_cast<int>(n - i < 16 ? n - i : 16);

@@ -36,8 +36,8 @@ uint64_t xcr0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Linux lets a process use tiles only after it asked, once, for all its threads. It refuses where a thread's signal
-// stack is too small for the larger state.
+// Linux lets a process use tiles only after it asked, once, for all its threads. It refuses where a thread's
+// signal stack is too small for the larger state.
 bool amx_permitted() {
 #if defined(__linux__)
   constexpr long kArchReqXcompPerm = 0x1023, kXtileData = 18;
@@ -75,7 +75,8 @@ uint32_t detect() {
     uint32_t a1, b1, c1, d1;
     if (__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5))) found |= kBf16;
     const uint32_t tiles = (1u << 24) | (1u << 25);  // AMX TILE, INT8
-    if ((leaf7_d & tiles) == tiles && (state & 0x60000) == 0x60000 && tiles_as_expected() && amx_permitted()) {
+    if ((leaf7_d & tiles) == tiles && (state & 0x60000) == 0x60000 && tiles_as_expected() &&
+        amx_permitted()) {
       found |= kAmx;
     }
   }
@@ -131,13 +132,14 @@ const KernelTable* kernel_table(const std::string& name) {
   for (const Level& level : kLevels) {
     if (name != level.name) continue;
     if ((features() & level.needs) != level.needs) {
-      throw std::invalid_argument("instruction-set level '" + name + "' is not available on this machine (available: " +
-                                  joined(available_levels()) + ")");
+      throw std::invalid_argument(
+          "instruction-set level '" + name +
+          "' is not available on this machine (available: " + joined(available_levels()) + ")");
     }
     return level.table();
   }
-  throw std::invalid_argument("unknown instruction-set level '" + name + "' (known: " + joined(compiled_levels()) +
-                              ")");
+  throw std::invalid_argument("unknown instruction-set level '" + name +
+                              "' (known: " + joined(compiled_levels()) + ")");
 }
 
 std::string default_level() {

@@ -10,7 +10,8 @@ KvView::KvView(const KvGeometry& geometry, int64_t capacity) : geometry_(geometr
   if (capacity < 1) throw std::invalid_argument("a sequence needs a capacity of at least one token");
   const int64_t all_spans = (capacity + kSpanTokens - 1) / kSpanTokens;
   for (const KvLayer& layer : geometry_.layers) {
-    auto at = std::find_if(ranges_.begin(), ranges_.end(), [&](const Range& r) { return r.window == layer.window; });
+    auto at = std::find_if(ranges_.begin(), ranges_.end(),
+                           [&](const Range& r) { return r.window == layer.window; });
     if (at == ranges_.end()) {
       Range r;
       r.window = layer.window;

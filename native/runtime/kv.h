@@ -1,4 +1,5 @@
-// The memory of sequences' keys and values: static ranges per sequence, [span of 256 tokens][layer][KV head][256].
+// The memory of sequences' keys and values: static ranges per sequence, [span of 256 tokens][layer][KV
+// head][256].
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,9 @@ struct KvGeometry {
 
   int64_t tile_bytes(const KvLayer& l) const { return kTileTokens * l.head_dim * element_bytes; }
   // Of one span.
-  int64_t layer_bytes(const KvLayer& l) const { return kSpanTokens / kTileTokens * l.kv_heads * tile_bytes(l); }
+  int64_t layer_bytes(const KvLayer& l) const {
+    return kSpanTokens / kTileTokens * l.kv_heads * tile_bytes(l);
+  }
   // Spans that the ring of a window needs, 0 for a global layer.
   int64_t ring_spans(int64_t window) const {
     return window == 0 ? 0 : (window + max_step + kSpanTokens - 1) / kSpanTokens + 1;
@@ -40,8 +43,8 @@ class KvView {
   int64_t reserved_bytes() const { return static_cast<int64_t>(keys_.bytes() + values_.bytes()); }
   // Bytes of the spans that hold tokens.
   int64_t used_bytes() const;
-  // Forgets the tokens from `length` on. Throws std::invalid_argument where a sliding-window ring no longer holds
-  // the keys that the shorter sequence would see.
+  // Forgets the tokens from `length` on. Throws std::invalid_argument where a sliding-window ring no longer
+  // holds the keys that the shorter sequence would see.
   void truncate(int64_t length);
   void append(int64_t tokens);
   KvSegment segment(int64_t layer) const;

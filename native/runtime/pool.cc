@@ -7,8 +7,8 @@
 namespace gm {
 namespace {
 
-// Spinning is bounded, so that idle threads cost nothing and two engines on two cores do not starve each other.
-// About 50 microseconds inside a step, and as much between steps of a running generation.
+// Spinning is bounded, so that idle threads cost nothing and two engines on two cores do not starve each
+// other. About 50 microseconds inside a step, and as much between steps of a running generation.
 constexpr int kSpins = 4000;
 
 inline void pause_briefly() {

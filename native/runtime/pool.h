@@ -18,8 +18,8 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return threads_; }
-  // Runs job(thread) on every thread, the caller being thread 0, and returns when all are done. Calls from several
-  // threads queue up. The job must not throw.
+  // Runs job(thread) on every thread, the caller being thread 0, and returns when all are done. Calls from
+  // several threads queue up. The job must not throw.
   void run(const std::function<void(int)>& job);
   // Called by every thread of a running job: none goes on until all have come.
   void barrier();

@@ -72,7 +72,8 @@ void Program::add_node(Node node) {
   for (const int64_t b : node.in) good &= known(b);
   for (const int64_t b : node.out) good &= known(b);
   for (const LinearTerm& t : node.terms) {
-    good &= known(t.input) && known(t.output) && t.weight >= 0 && t.weight < static_cast<int64_t>(weights_.size()) &&
+    good &= known(t.input) && known(t.output) && t.weight >= 0 &&
+            t.weight < static_cast<int64_t>(weights_.size()) &&
             t.bias < static_cast<int64_t>(vectors_.size());
   }
   if (!good) throw std::invalid_argument("node '" + node.name + "' names an unknown buffer or weight");
@@ -90,8 +91,9 @@ void Program::check(const StepInput& in) const {
     const KvView& v = *in.views[s];
     if (n < 0) throw std::invalid_argument("negative number of tokens");
     if (v.length() + n > v.capacity()) {
-      throw std::invalid_argument("sequence of " + std::to_string(v.length()) + " tokens plus " + std::to_string(n) +
-                                  " exceeds its capacity of " + std::to_string(v.capacity()));
+      throw std::invalid_argument("sequence of " + std::to_string(v.length()) + " tokens plus " +
+                                  std::to_string(n) + " exceeds its capacity of " +
+                                  std::to_string(v.capacity()));
     }
     for (const KvLayer& l : geometry_.layers) {
       if (l.window != 0 && n > geometry_.max_step) {
@@ -118,8 +120,8 @@ void Program::check(const StepInput& in) const {
     const int64_t n = weights_[static_cast<size_t>(node.weight)].n;
     for (int64_t i = 0; i < in.token_count; ++i) {
       if (in.tokens[i] < 0 || in.tokens[i] >= n) {
-        throw std::invalid_argument("token " + std::to_string(in.tokens[i]) + " is outside the vocabulary of " +
-                                    std::to_string(n));
+        throw std::invalid_argument("token " + std::to_string(in.tokens[i]) +
+                                    " is outside the vocabulary of " + std::to_string(n));
       }
     }
   }
@@ -142,12 +144,16 @@ void Program::reserve(int64_t tokens, int64_t logits) {
     const int64_t groups = b.spec.group > 0 ? (b.spec.width + b.spec.group - 1) / b.spec.group : 0;
     auto bytes_of = [&](int64_t n) -> int64_t {
       switch (b.spec.encoding) {
-        case Encoding::kF32: return align64(n * b.spec.padded * 4);
-        case Encoding::kBf16: return align64(n * b.spec.padded * 2);
-        default: return align64(n * b.spec.padded) + 2 * align64(n * groups * 4);
+        case Encoding::kF32:
+          return align64(n * b.spec.padded * 4);
+        case Encoding::kBf16:
+          return align64(n * b.spec.padded * 2);
+        default:
+          return align64(n * b.spec.padded) + 2 * align64(n * groups * 4);
       }
     };
-    const int64_t few = std::min(rows, std::max<int64_t>(1, kPrivateValues / std::max<int64_t>(1, b.spec.padded)));
+    const int64_t few =
+        std::min(rows, std::max<int64_t>(1, kPrivateValues / std::max<int64_t>(1, b.spec.padded)));
     b.copy_bytes = bytes_of(few) + 64;
     // Slack after the last row: kernels may read a full vector there.
     const int64_t bytes = std::max(bytes_of(rows), b.spec.private_copies ? b.copy_bytes * threads : 0) + 128;
@@ -179,7 +185,8 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
   tokens_ = tokens;
   logit_rows_ = logits;
   for (Buffer& b : buffers_) {
-    b.replicated = pool_->threads() > 1 && b.spec.private_copies && rows_of(b) * b.spec.padded <= kPrivateValues;
+    b.replicated =
+        pool_->threads() > 1 && b.spec.private_copies && rows_of(b) * b.spec.padded <= kPrivateValues;
     const int64_t groups = b.spec.group > 0 ? (b.spec.width + b.spec.group - 1) / b.spec.group : 0;
     const int64_t rows = rows_of(b);
     b.scale_at = align64(rows * b.spec.padded);
@@ -187,7 +194,8 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
   }
   // A long sequence's results are written by the thread that has the item; only merged ones can be private.
   for (const Node& node : nodes_) {
-    if (node.op == Op::kAttention && long_sequences) buffers_[static_cast<size_t>(node.out[0])].replicated = false;
+    if (node.op == Op::kAttention && long_sequences)
+      buffers_[static_cast<size_t>(node.out[0])].replicated = false;
   }
   barrier_before_.assign(nodes_.size(), 0);
   std::set<int64_t> read, written;
@@ -281,8 +289,8 @@ void Program::run_thread(int thread) {
   double last = profiling_ && thread == 0 ? now() : 0;
   for (size_t i = 0; i < nodes_.size(); ++i) {
     if (barrier_before_[i] != 0) {
-      // Thread 0 alone looks at the flag; the slot it writes is read by all after the barrier and reused only after
-      // the next one, so every thread leaves at the same node.
+      // Thread 0 alone looks at the flag; the slot it writes is read by all after the barrier and reused only
+      // after the next one, so every thread leaves at the same node.
       int32_t& stop = stop_[meeting++ & 1];
       if (thread == 0) stop = input_->cancel != nullptr && *input_->cancel != 0 ? 1 : 0;
       pool_->barrier();
@@ -328,8 +336,8 @@ void Program::run_node(const Node& node, int thread) {
       const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
       const int64_t width = to.spec.width;
       const Range r = split(rows_of(to), thread, threads);
-      kernels_->add(f32(node.out[0], thread) + r.begin * width, width, f32(node.in[0], thread) + r.begin * width,
-                    width, r.end - r.begin, width);
+      kernels_->add(f32(node.out[0], thread) + r.begin * width, width,
+                    f32(node.in[0], thread) + r.begin * width, width, r.end - r.begin, width);
       return;
     }
     case Op::kEncode: {
@@ -350,8 +358,12 @@ void Program::run_node(const Node& node, int thread) {
                             const_cast<int32_t*>(q.sum) + r.begin * q.groups);
       return;
     }
-    case Op::kLinears: run_linears(node, thread); return;
-    case Op::kAttention: run_attention(node, thread); return;
+    case Op::kLinears:
+      run_linears(node, thread);
+      return;
+    case Op::kAttention:
+      run_attention(node, thread);
+      return;
     case Op::kSelectRows: {
       const int64_t width = buffers_[static_cast<size_t>(node.out[0])].spec.width;
       const float* x = f32(node.in[0], thread);
@@ -420,8 +432,8 @@ void Program::run_linears(const Node& node, int thread) {
     if (begin < end) {
       const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
       float* g = f32(gate.output, thread) + begin;
-      kernels_->gated(g, f32(node.terms[1].output, thread) + begin, g, to.spec.padded, rows_of(to), end - begin,
-                      node.activation);
+      kernels_->gated(g, f32(node.terms[1].output, thread) + begin, g, to.spec.padded, rows_of(to),
+                      end - begin, node.activation);
     }
   }
 }

@@ -57,10 +57,10 @@ struct Node {
   int64_t weight = -1;  // kEmbedding: packed weight
   int64_t vector = -1;  // kRmsNorm: index of the weight vector
   float eps = 0, scale = 1;
-  int64_t heads = 1;          // kRmsNorm: the row is normalised in `heads` equal parts
-  int64_t layer = 0;          // kAttention
-  AttentionArgs attention;    // kAttention: constants only
-  int64_t rope = -1;          // kAttention: index of the rope table
+  int64_t heads = 1;        // kRmsNorm: the row is normalised in `heads` equal parts
+  int64_t layer = 0;        // kAttention
+  AttentionArgs attention;  // kAttention: constants only
+  int64_t rope = -1;        // kAttention: index of the rope table
 };
 
 struct StepInput {
@@ -70,7 +70,7 @@ struct StepInput {
   std::vector<int64_t> lengths;  // new tokens per view
   const int32_t* logit_rows = nullptr;
   int64_t logit_count = 0;
-  float* logits = nullptr;       // [logit_count][vocabulary]
+  float* logits = nullptr;                   // [logit_count][vocabulary]
   const volatile int32_t* cancel = nullptr;  // polled between nodes; may be null
 };
 
@@ -96,8 +96,8 @@ class Program {
   // The f32 buffer whose rows are the logits.
   void set_logits(int64_t buffer) { logits_ = buffer; }
 
-  // Runs one step and appends its tokens to the views; false if cancelled, which leaves the views' lengths alone.
-  // Throws std::invalid_argument for a step that does not fit. The GIL is not needed.
+  // Runs one step and appends its tokens to the views; false if cancelled, which leaves the views' lengths
+  // alone. Throws std::invalid_argument for a step that does not fit. The GIL is not needed.
   bool run(const StepInput& input);
 
   void set_profiling(bool on);

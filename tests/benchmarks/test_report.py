@@ -111,7 +111,9 @@ def test_quality_and_texts(peers):
     }
     greedy = {"equal": 19, "prompts": 20, "differences": 0}
     found = checks(peers, quality, greedy)
-    assert [(check.against, check.met) for check in named(found, "1", "KL")] == [("smollm2/llamacpp/q4_1", True)]
+    assert [(check.against, check.met) for check in named(found, "1", "KL")] == [
+        ("smollm2/llamacpp/q4_1", True)
+    ]
     assert [check.met for check in named(found, "6", "")] == [False, True]
     assert [check.met for check in named(found, "8", "")] == [False, True]
 

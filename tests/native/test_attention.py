@@ -47,7 +47,15 @@ class Layer:
         kv_bf16, bf16_math = MODES[self.mode]
         scale = self.head_dim**-0.5
         return _native.AttentionLayer(
-            level, self.heads, self.kv_heads, self.head_dim, scale, self.window, kv_bf16, bf16_math, self.max_step
+            level,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            scale,
+            self.window,
+            kv_bf16,
+            bf16_math,
+            self.max_step,
         )
 
     def run(
@@ -96,14 +104,23 @@ class Layer:
         hidden = (distance < 0) | ((distance >= self.window) if self.window else False)
         s[:, hidden] = -np.inf
         p = np.exp(s - s.max(-1, keepdims=True))
-        return np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v.astype(np.float64)).reshape(tokens, -1)
+        return np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v.astype(np.float64)).reshape(
+            tokens, -1
+        )
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("shape", "window"),
-    [((4, 2, 32), 0), ((9, 3, 64), 0), ((3, 3, 16), 0), ((8, 1, 80), 40), ((5, 5, 16), 100), ((50, 1, 16), 0)],
+    [
+        ((4, 2, 32), 0),
+        ((9, 3, 64), 0),
+        ((3, 3, 16), 0),
+        ((8, 1, 80), 40),
+        ((5, 5, 16), 100),
+        ((50, 1, 16), 0),
+    ],
     ids=str,
 )
 def test_against_float64(level: str, mode: str, shape: tuple[int, int, int], window: int) -> None:

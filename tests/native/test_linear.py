@@ -144,10 +144,14 @@ def test_against_float64(level: str, name: str) -> None:
             if case.packed.spec.mins and arithmetic != "bf16":
                 bound = bound + slack * 8
             if arithmetic == "bf16" and case.packed.format == "group_int":
-                bound = bound + (np.abs(xs) @ np.abs(ws).T) * 2.0**-8  # a decoded value may round the other way
+                bound = (
+                    bound + (np.abs(xs) @ np.abs(ws).T) * 2.0**-8
+                )  # a decoded value may round the other way
             got = run(level, arithmetic, case, x)
             assert got.shape == expected.shape
-            np.testing.assert_array_less(np.abs(got - expected), bound + slack, err_msg=f"{arithmetic} {n}x{k}")
+            np.testing.assert_array_less(
+                np.abs(got - expected), bound + slack, err_msg=f"{arithmetic} {n}x{k}"
+            )
 
 
 @pytest.mark.parametrize("name", FORMATS)

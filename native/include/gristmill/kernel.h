@@ -1,4 +1,5 @@
-// Signatures of the kernels. Every instruction-set level fills one KernelTable; the runtime picks a table once.
+// Signatures of the kernels. Every instruction-set level fills one KernelTable; the runtime picks a table
+// once.
 //
 // Row-major matrices are given as pointer and leading dimension (elements between rows). "Rows" are tokens.
 #pragma once
@@ -15,10 +16,10 @@ enum class Storage : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt4 = 3, kInt8 =
 struct Weight {
   Storage storage = Storage::kF32;
   int32_t offset = 0;
-  bool wide_scales = false;       // scales and mins are f32, else f16
-  const void* values = nullptr;   // codes, or float values
-  const void* scales = nullptr;   // [blocks][groups][16]
-  const void* mins = nullptr;     // as scales, or null
+  bool wide_scales = false;      // scales and mins are f32, else f16
+  const void* values = nullptr;  // codes, or float values
+  const void* scales = nullptr;  // [blocks][groups][16]
+  const void* mins = nullptr;    // as scales, or null
   int64_t n = 0, k = 0;
   int64_t kp = 0;                 // padded columns
   int64_t group = 0, groups = 0;  // columns per group; number of groups
@@ -28,9 +29,9 @@ struct Weight {
 
 // Rows of activations as int8 codes with one scale per group: x = scale * q.
 struct Int8Rows {
-  const int8_t* q = nullptr;       // [rows][kp], zero in the padding
-  const float* scale = nullptr;    // [rows][groups]
-  const int32_t* sum = nullptr;    // [rows][groups], sum of the group's codes
+  const int8_t* q = nullptr;     // [rows][kp], zero in the padding
+  const float* scale = nullptr;  // [rows][groups]
+  const int32_t* sum = nullptr;  // [rows][groups], sum of the group's codes
   int64_t kp = 0, groups = 0;
 };
 
@@ -43,15 +44,15 @@ struct LinearOut {
 
 enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 
-// Attention works in spans of this many keys, and the cache keeps a head's keys of one span together, so that a step
-// reads long runs: scattered tiles of 2 KB reach a third of the memory's bandwidth.
+// Attention works in spans of this many keys, and the cache keeps a head's keys of one span together, so that
+// a step reads long runs: scattered tiles of 2 KB reach a third of the memory's bandwidth.
 constexpr int64_t kSpanTokens = 256;
 constexpr int64_t kTileTokens = 16;
 
 // Where one sequence's keys and values of one layer lie. Token p of KV head h is in the tile at
-// `k + span * span_bytes + (h * 16 + p % 256 / 16) * tile_bytes`, span = p / 256 (modulo `ring` when that is not 0).
-// Inside a tile of 16 tokens, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16 tokens]; values: bf16
-// [16 / 2][head_dim][2] (pairs of tokens), f32 [16][head_dim].
+// `k + span * span_bytes + (h * 16 + p % 256 / 16) * tile_bytes`, span = p / 256 (modulo `ring` when that is
+// not 0). Inside a tile of 16 tokens, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16 tokens];
+// values: bf16 [16 / 2][head_dim][2] (pairs of tokens), f32 [16][head_dim].
 struct KvSegment {
   char* k = nullptr;
   char* v = nullptr;
@@ -72,31 +73,31 @@ constexpr int64_t kMaximaBlock = 64, kSumBlock = 256;
 // One sequence's part of a step.
 struct AttentionSequence {
   KvSegment kv;
-  int64_t row = 0;       // first row in the flattened step
-  int64_t rows = 0;      // new tokens
-  int64_t start = 0;     // position of the first new token
+  int64_t row = 0;    // first row in the flattened step
+  int64_t rows = 0;   // new tokens
+  int64_t start = 0;  // position of the first new token
 };
 
 struct AttentionArgs {
-  const float* q = nullptr;      // [tokens][ldq], unrotated
+  const float* q = nullptr;  // [tokens][ldq], unrotated
   int64_t ldq = 0;
-  const float* k = nullptr;      // [tokens][ldk], unrotated
+  const float* k = nullptr;  // [tokens][ldk], unrotated
   int64_t ldk = 0;
-  const float* v = nullptr;      // [tokens][ldv]
+  const float* v = nullptr;  // [tokens][ldv]
   int64_t ldv = 0;
-  float* out = nullptr;          // [tokens][ldo]
+  float* out = nullptr;  // [tokens][ldo]
   int64_t ldo = 0;
-  const float* cos = nullptr;    // [positions][rope_dim / 2]
+  const float* cos = nullptr;  // [positions][rope_dim / 2]
   const float* sin = nullptr;
-  int64_t rope_dim = 0;          // 0: no rotation
+  int64_t rope_dim = 0;  // 0: no rotation
   int32_t heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1.0f;
-  int64_t window = 0;            // visible keys, the row's own included; 0: all
-  bool kv_bf16 = true;           // keys and values are bf16, else f32
-  bool bf16_math = true;         // queries and probabilities are rounded to bf16 (needs kv_bf16), else f32
+  int64_t window = 0;     // visible keys, the row's own included; 0: all
+  bool kv_bf16 = true;    // keys and values are bf16, else f32
+  bool bf16_math = true;  // queries and probabilities are rounded to bf16 (needs kv_bf16), else f32
   const AttentionSequence* sequences = nullptr;
   int64_t sequence_count = 0;
-  float* partials = nullptr;     // scratch, attention_partial_floats(args) long
+  float* partials = nullptr;  // scratch, attention_partial_floats(args) long
 };
 
 struct KernelTable {
@@ -104,15 +105,15 @@ struct KernelTable {
 
   // x [rows][ldx] of k columns -> int8 rows with groups of `group` columns. scale = max|x| / 127,
   // q = round-to-even(x * (127 / max|x|)); all zero where the group is zero.
-  void (*encode_int8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp, int8_t* q,
-                      float* scale, int32_t* sum);
+  void (*encode_int8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp,
+                      int8_t* q, float* scale, int32_t* sum);
   // x [rows][ldx] of k columns -> bf16 [rows][kp], zero in the padding.
   void (*encode_bf16)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out);
 
   // out[row][n] = sum over k of x[row][k] * w[n][k], for the weight's blocks [block_begin, block_end).
   // `scratch` holds linear_scratch_bytes(weight, rows).
-  void (*linear_int8)(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,
-                      const LinearOut& out, void* scratch);
+  void (*linear_int8)(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin,
+                      int64_t block_end, const LinearOut& out, void* scratch);
   void (*linear_bf16)(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
                       int64_t block_end, const LinearOut& out, void* scratch);
   void (*linear_f32)(const Weight& w, const float* x, int64_t ldx, int64_t rows, int64_t block_begin,
@@ -126,14 +127,17 @@ struct KernelTable {
   // x += y
   void (*add)(float* x, int64_t ldx, const float* y, int64_t ldy, int64_t rows, int64_t n);
   // out = act(gate) * up; out may be gate
-  void (*gated)(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n, Activation act);
+  void (*gated)(const float* gate, const float* up, float* out, int64_t ld, int64_t rows, int64_t n,
+                Activation act);
 
   // Attention runs in three phases with a barrier after each; within a phase any split of the items is right.
-  // Whether some sequence has so many new tokens that its keys must be written by prepare; else prepare is not needed.
+  // Whether some sequence has so many new tokens that its keys must be written by prepare; else prepare is
+  // not needed.
   bool (*attention_long)(const AttentionArgs& a);
   // prepare: writes the keys and values of the long sequences' rows in [row_begin, row_end) into the cache.
   void (*attention_prepare)(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);
-  // spans: items as counted by attention_items. Writes the results of long sequences, partial results of the others.
+  // spans: items as counted by attention_items. Writes the results of long sequences, partial results of the
+  // others.
   int64_t (*attention_items)(const AttentionArgs& a);
   // Relative cost of the items, to split them evenly: costs[items].
   void (*attention_costs)(const AttentionArgs& a, float* costs);
@@ -143,8 +147,9 @@ struct KernelTable {
   void (*attention_merge)(const AttentionArgs& a, int64_t row_begin, int64_t row_end);
   int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for prepare and spans
 
-  // For the sampler, over one row of n logits. row_maxima: the highest of every kMaximaBlock (-inf counts as -FLT_MAX);
-  // false if one is NaN or +inf. row_exponentials: out = exp((x - top) * inverse), and the sums of every kSumBlock.
+  // For the sampler, over one row of n logits. row_maxima: the highest of every kMaximaBlock (-inf counts as
+  // -FLT_MAX); false if one is NaN or +inf. row_exponentials: out = exp((x - top) * inverse), and the sums of
+  // every kSumBlock.
   bool (*row_maxima)(const float* x, int64_t n, float* maxima);
   void (*row_exponentials)(const float* x, int64_t n, float top, float inverse, float* out, double* sums);
 

@@ -92,9 +92,7 @@ inline vh vh_pack(vf even, vf odd) {
 
 inline vb vb_load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline vb vb_low_nibble(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-inline vb vb_high_nibble(vb a) {
-  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
-}
+inline vb vb_high_nibble(vb a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 inline vi vi_dot(vi acc, vb w, const int8_t* a) {
   int32_t four;
   memcpy(&four, a, 4);
@@ -146,7 +144,8 @@ inline float vf_max_lane(vf x) {
 }
 inline int32_t vi_sum(vi x) {
   const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x.v), _mm512_extracti64x4_epi64(x.v, 1));
-  return _mm_cvtsi128_si32(fold_add(_mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1))));
+  return _mm_cvtsi128_si32(
+      fold_add(_mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1))));
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -1,5 +1,5 @@
-// The vector vocabulary of the level being compiled: sixteen f32 or int32 lanes, whatever the register width, so
-// that one kernel source has one order of operations and the same bits at every level.
+// The vector vocabulary of the level being compiled: sixteen f32 or int32 lanes, whatever the register width,
+// so that one kernel source has one order of operations and the same bits at every level.
 //
 // vf: 16 f32; vi: 16 int32; vb: 64 unsigned bytes; vh: 32 bf16 as 16 pairs.
 #pragma once
@@ -12,8 +12,8 @@
 #include "vec/portable.h"
 #endif
 
-// Rows of activations that a register tile holds beside the weights, and loops the compiler must unroll to keep
-// them there. The portable level has no registers to fill, and unrolling it only swells the code.
+// Rows of activations that a register tile holds beside the weights, and loops the compiler must unroll to
+// keep them there. The portable level has no registers to fill, and unrolling it only swells the code.
 #if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
 #define GM_TILE_ROWS 12
 #elif defined(GM_LEVEL_avx2)

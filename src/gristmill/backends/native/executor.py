@@ -211,7 +211,9 @@ class NativeExecutor:
         for table, attributes in self._ropes:
             inverse, factor = rope_inverse_frequencies(attributes["rope"], attributes["head_dim"])
             # float32 throughout, as the models were trained with.
-            angles = np.arange(self._positions, dtype=np.float32)[:, None] * inverse.astype(np.float32)[None, :]
+            angles = (
+                np.arange(self._positions, dtype=np.float32)[:, None] * inverse.astype(np.float32)[None, :]
+            )
             scale = np.float32(factor)
             self._native.set_rope(table, np.cos(angles) * scale, np.sin(angles) * scale)
 

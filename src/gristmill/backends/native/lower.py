@@ -156,7 +156,9 @@ class _Lowering:
                 continue
             handler = getattr(self, f"op_{node.op}", None)
             if handler is None:
-                raise ModelError(f"the native backend cannot run node {node.name!r}: op {node.op!r} is not supported")
+                raise ModelError(
+                    f"the native backend cannot run node {node.name!r}: op {node.op!r} is not supported"
+                )
             handler(i, node)
             self.done.add(i)
             self.release(i)
@@ -262,7 +264,9 @@ class _Lowering:
                 self.native.add_add(node.name, self.buffers[other].index, self.buffers[target].index)
                 self.alias(node.outputs[0], target)
                 return
-        raise ModelError(f"the native backend cannot run node {node.name!r}: both inputs are read again later")
+        raise ModelError(
+            f"the native backend cannot run node {node.name!r}: both inputs are read again later"
+        )
 
     def op_attention(self, i: int, node: Node) -> None:
         q, k, v = (self.buffers[name] for name in node.inputs)

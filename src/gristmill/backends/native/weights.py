@@ -84,7 +84,9 @@ class WeightStore:
             # A whole-row group spans the padding, too.
             group = max(packed.group, padded) if groups == 1 else packed.group
             if blocks * 16 < rows or padded < columns or groups * group < padded:
-                raise ModelError(f"packed weight {name!r} has arrays that do not fit its shape {rows} x {columns}")
+                raise ModelError(
+                    f"packed weight {name!r} has arrays that do not fit its shape {rows} x {columns}"
+                )
             index = program.add_weight(
                 storage=storage,
                 n=rows,
