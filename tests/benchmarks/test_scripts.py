@@ -49,7 +49,7 @@ def test_an_environment_of_another_list_is_not_complete(tmp_path, monkeypatch):
 
 
 def test_a_failed_command_is_one_line():
-    with pytest.raises(environments.SetupError, match="^thing could not be made: second$"):
+    with pytest.raises(environments.SetupError, match=r"^thing could not be made: second$"):
         environments.checked(["sh", "-c", "echo first >&2; echo second >&2; exit 3"], "thing", {})
 
 

@@ -80,6 +80,7 @@ def run(
     arithmetic: str,
     case: Case,
     x: NDArray[np.float32],
+    *,
     bias: NDArray[np.float32] | None = None,
     into: NDArray[np.float32] | None = None,
     blocks: tuple[int, int] | None = None,
@@ -189,8 +190,8 @@ def test_bias_and_accumulation() -> None:
         bias = rng.standard_normal(35).astype(np.float32)
         start = rng.standard_normal((3, 35)).astype(np.float32)
         plain = run(level, arithmetic, case, x)
-        np.testing.assert_array_equal(run(level, arithmetic, case, x, bias), plain + bias)
-        np.testing.assert_array_equal(run(level, arithmetic, case, x, None, start), start + plain)
+        np.testing.assert_array_equal(run(level, arithmetic, case, x, bias=bias), plain + bias)
+        np.testing.assert_array_equal(run(level, arithmetic, case, x, into=start), start + plain)
 
 
 def test_blocks_are_independent() -> None:

@@ -545,7 +545,7 @@ def convert_tokenizer(metadata: Mapping[str, object]) -> TokenizerFiles:
 
 
 def _special_ids(metadata: _Metadata, vocabulary: _Vocabulary, sentencepiece: bool) -> dict[str, int]:
-    """Ids by role, for the roles that the file gives; SentencePiece's own numbering where older files do not."""
+    """Ids by role, where the file gives them; SentencePiece's own numbering where older files do not."""
     ids = {
         name: index
         for name, key in _ID_KEYS.items()

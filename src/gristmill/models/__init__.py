@@ -41,10 +41,11 @@ def architecture(config: Mapping[str, Any]) -> str:
     if named:
         if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
             raise ModelError(f"config: architectures must be a list of names, not {named!r}")
-        for name in named:
+        names: list[str] = named
+        for name in names:
             if name in ARCHITECTURES:
                 return name
-        found = ", ".join(named)
+        found = ", ".join(names)
     elif isinstance(model_type, str) and model_type:
         if model_type in MODEL_TYPES:
             return MODEL_TYPES[model_type]

@@ -84,10 +84,10 @@ class NativeKVView:
 class NativeExecutor:
     """Runs a semantic program on the CPU.
 
-    extents: where a weight's arrays lie in a file; with it they are read from there rather than through the map, so that
-    the pages do not count twice. activations: `exact` (f32), `bf16`, or `fast` (int8 per token and group for integer weights; float weights as
-    stored). kv_dtype: `f32` or `bf16`. A row's result does not depend on the other rows, the thread count, or where
-    a prompt was cut.
+    extents: where a weight's arrays lie in a file; with it they are read from there rather than through the
+    map, so that the pages do not count twice. activations: `exact` (f32), `bf16`, or `fast` (int8 per token
+    and group for integer weights; float weights as stored). kv_dtype: `f32` or `bf16`. A row's result does
+    not depend on the other rows, the thread count, or where a prompt was cut.
     """
 
     def __init__(
@@ -151,7 +151,15 @@ class NativeExecutor:
         self._native.set_geometry(geometry, 2 if kv_dtype == "bf16" else 4, MAX_STEP_TOKENS)
         layers = {str(node.state): i for i, node in enumerate(attention)}
         bf16_math = kv_dtype == "bf16" and activations != "exact"
-        lowered = lower(program, self._native, weight, vector, activations, bf16_math, layers)
+        lowered = lower(
+            program,
+            self._native,
+            weight,
+            vector,
+            activations=activations,
+            bf16_math=bf16_math,
+            kv_layers=layers,
+        )
         self._ropes = lowered.ropes
         self._positions = 0
         self.vocab_size = lowered.vocab_size
@@ -239,7 +247,7 @@ class NativeExecutor:
         if len(batch.phases) != len(batch.tokens):
             raise UsageError(f"the batch has {len(batch.phases)} phases for {len(batch.tokens)} tokens")
         logits = np.empty((len(rows), self.vocab_size), np.float32)
-        views: list[Any] = [_native_view(view) for view in batch.views]
+        views = [_native_view(view) for view in batch.views]
         try:
             done = self._native.run(
                 batch.tokens,

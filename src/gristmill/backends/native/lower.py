@@ -1,9 +1,9 @@
 """Semantic program -> native program.
 
-The pass walks the semantic nodes once. Linears that read the same buffer become one native node with an ordered list
-of terms; a gate/up pair takes its gated activation with it; a residual addition of a linear's result is done by the
-linear itself. Activation encodings are made once per (buffer, encoding) that some term needs. Buffers are reused after
-their last reader. A node this backend cannot run is an error that names it.
+The pass walks the semantic nodes once. Linears that read the same buffer become one native node with an
+ordered list of terms; a gate/up pair takes its gated activation with it; a residual addition of a linear's
+result is done by the linear itself. Activation encodings are made once per (buffer, encoding) that some term
+needs. Buffers are reused after their last reader. A node this backend cannot run is an error that names it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class Lowered:
     """What the executor must know about the program it runs."""
 
     ropes: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # (native table, rope attributes)
-    windows: list[int] = field(default_factory=list)  # per attention layer
     vocab_size: int = 0
 
 
@@ -47,6 +46,7 @@ class _Lowering:
         native: _native.Program,
         weight: Callable[[str], NativeWeight],
         vector: Callable[[str], NDArray[np.float32]],
+        *,
         activations: str,
         bf16_math: bool,
         kv_layers: Mapping[str, int],
@@ -76,10 +76,10 @@ class _Lowering:
         self.vectors: dict[tuple[str, float], int] = {}
         self.ropes: dict[str, int] = {}
 
-    # Buffers ------------------------------------------------------------------------------------------------------
+    # Buffers --------------------------------------------------------------------------------------------
 
     def acquire(
-        self, encoding: _native.Encoding, logits: bool, width: int, padded: int, group: int, private: bool
+        self, encoding: _native.Encoding, logits: bool, width: int, *, padded: int, group: int, private: bool
     ) -> int:
         spec = (encoding, logits, width, padded, group, private)
         if self.free[spec]:
@@ -89,7 +89,7 @@ class _Lowering:
         return index
 
     def define(self, name: str, width: int, logits: bool, private: bool = False) -> _Buffer:
-        index = self.acquire(_native.Encoding.F32, logits, width, width, 0, private)
+        index = self.acquire(_native.Encoding.F32, logits, width, padded=width, group=0, private=private)
         self.buffers[name] = _Buffer(index, width, logits)
         self.owned[name].append(index)
         return self.buffers[name]
@@ -125,7 +125,9 @@ class _Lowering:
         key = (name, kind, group, padded)
         if key not in self.encoded:
             encoding = _native.Encoding.INT8 if kind == "int8" else _native.Encoding.BF16
-            index = self.acquire(encoding, source.logits, source.width, padded, group, True)
+            index = self.acquire(
+                encoding, source.logits, source.width, padded=padded, group=group, private=True
+            )
             self.native.add_encode(f"{name}.{kind}", source.index, index)
             self.encoded[key] = index
             self.owned[name].append(index)
@@ -148,7 +150,7 @@ class _Lowering:
             self.vectors[key] = int(self.native.add_vector(values + np.float32(offset) if offset else values))
         return self.vectors[key]
 
-    # Nodes --------------------------------------------------------------------------------------------------------
+    # Nodes ----------------------------------------------------------------------------------------------
 
     def run(self) -> Lowered:
         for i, node in enumerate(self.nodes):
@@ -205,7 +207,8 @@ class _Lowering:
             source_buffer = self.buffers[source]
             if w.columns != source_buffer.width:
                 raise ModelError(
-                    f"weight {member.weights[0]!r} has {w.columns} columns, but its input has {source_buffer.width}"
+                    f"weight {member.weights[0]!r} has {w.columns} columns, "
+                    f"but its input has {source_buffer.width}"
                 )
             residual = self.residual_of(j) if len(group) == 1 else None
             encoded = self.encode(source, w)
@@ -306,6 +309,7 @@ def lower(
     native: _native.Program,
     weight: Callable[[str], NativeWeight],
     vector: Callable[[str], NDArray[np.float32]],
+    *,
     activations: str,
     bf16_math: bool,
     kv_layers: Mapping[str, int],
@@ -313,7 +317,15 @@ def lower(
     """Builds `native` from the semantic `program`.
 
     `weight(name)` registers a packed weight on first use, `vector(name)` gives norm weights and biases,
-    `kv_layers` maps state names to layers of the native KV geometry. Raises ModelError for a node that the native
-    backend cannot run.
+    `kv_layers` maps state names to layers of the native KV geometry. Raises ModelError for a node that the
+    native backend cannot run.
     """
-    return _Lowering(program, native, weight, vector, activations, bf16_math, kv_layers).run()
+    return _Lowering(
+        program,
+        native,
+        weight,
+        vector,
+        activations=activations,
+        bf16_math=bf16_math,
+        kv_layers=kv_layers,
+    ).run()

@@ -42,8 +42,8 @@ class NativeWeight:
 class WeightStore:
     """Holds the arrays of all weights for the life of a program.
 
-    They are copied into one arena on huge pages when they fill less than a quarter of the free memory, which reads
-    faster and is safe against a file that shrinks; otherwise the mapped arrays are used in place.
+    They are copied into one arena on huge pages when they fill less than a quarter of the free memory, which
+    reads faster and is safe against a file that shrinks; otherwise the mapped arrays are used in place.
     """
 
     def __init__(
