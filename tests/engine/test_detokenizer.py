@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ class Tokens:
 
 def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     places = [0, *sorted(place % (len(data) + 1) for place in cuts), len(data)]
-    return [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(places)]
 
 
 def stream(tokens: Tokens, **options: bool) -> list[str]:
@@ -113,7 +115,7 @@ def test_stop_strings_are_found_in_every_split(text, stops, cuts):
     matcher = StopMatcher(stops)
     want, stopped_by = first_stop(text, stops)
     shown = ""
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         shown += matcher.push(text[start:end])
         seen, matched = first_stop(text[:end], stops)
         assert matcher.matched == matched
