@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gristmill.io.checkpoint import Progress
     from gristmill.io.hub import Source
     from gristmill.models import ModelConfig
-    from gristmill.program.costs import Work
+    from gristmill.program.costs import Cost, Work
 
 __all__ = ["Tensor", "program", "run"]
 
@@ -88,12 +88,15 @@ def program(
     given, a prompt of that many tokens. Weights count as stored in the mode `weights`, which is converted
     if it is not in the cache yet. With `collapse`, layers that differ in their number alone are one row.
 
-    Returns model, weights, kv_dtype, step, nodes (in order), total; bytes are those of weights and KV.
+    Returns model, weights, kv_dtype, step, digest (of the program's text), columns (of the batch, that it
+    reads), nodes (in order), total, parameters, stored_bytes (of all weights, each once) and
+    state_bytes_per_token; bytes are those of weights and KV.
     """
     from gristmill.io.checkpoint import Checkpoint
     from gristmill.io.memory import KV_BYTES
     from gristmill.models import build_program
-    from gristmill.program.costs import Work, describe, step_costs, sum_costs
+    from gristmill.program.costs import Work
+    from gristmill.program.render import render
 
     if kv_dtype not in KV_BYTES:
         raise UsageError(f"kv_dtype must be one of {', '.join(KV_BYTES)}, not {kv_dtype!r}")
@@ -102,19 +105,21 @@ def program(
         raise UsageError("a step needs at least one sequence or one prompt token")
     work = Work.decode(batch, context) if prefill is None else Work.prefill(prefill)
     checkpoint = Checkpoint.open(_converted(model, weights, progress))
-    built = build_program(checkpoint.config)
-    costs = step_costs(
-        built,
+    rendered = render(
+        build_program(checkpoint.config),
         work,
-        lambda name: sum(extent.nbytes for extent in checkpoint.extents(name).values()),
-        KV_BYTES[kv_dtype],
+        weight_bytes=lambda name: sum(extent.nbytes for extent in checkpoint.extents(name).values()),
+        formats={name: _format(spec.to_json()) for name, spec in checkpoint.specs.items()},
+        kv_element_bytes=KV_BYTES[kv_dtype],
+        collapse=collapse,
     )
-    total = sum_costs(costs)
     return {
         "model": str(model),
         "weights": weights,
         "kv_dtype": kv_dtype,
         "step": _step(work, prefill),
+        "digest": rendered.digest,
+        "columns": list(rendered.columns),
         "nodes": [
             {
                 "name": row.name,
@@ -122,18 +127,24 @@ def program(
                 "count": row.count,
                 "outputs": row.outputs,
                 "weights": row.weights,
+                "formats": row.formats,
                 "details": row.details,
-                "operations": row.cost.operations,
-                "weight_bytes": row.cost.weight_bytes,
-                "state_bytes": row.cost.state_bytes_read + row.cost.state_bytes_written,
+                **_cost(row.cost),
             }
-            for row in describe(built, costs, collapse=collapse)
+            for row in rendered.rows
         ],
-        "total": {
-            "operations": total.operations,
-            "weight_bytes": total.weight_bytes,
-            "state_bytes": total.state_bytes_read + total.state_bytes_written,
-        },
+        "total": _cost(rendered.total),
+        "parameters": rendered.parameters,
+        "stored_bytes": rendered.weight_bytes,
+        "state_bytes_per_token": rendered.state_bytes_per_token,
+    }
+
+
+def _cost(cost: Cost) -> dict[str, float]:
+    return {
+        "operations": cost.operations,
+        "weight_bytes": cost.weight_bytes,
+        "state_bytes": cost.state_bytes_read + cost.state_bytes_written,
     }
 
 

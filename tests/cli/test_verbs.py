@@ -129,6 +129,7 @@ NODE = {
     "count": int,
     "outputs": str,
     "weights": str,
+    "formats": str,
     "details": str,
     "operations": (int, float),
     "weight_bytes": (int, float),
@@ -141,13 +142,31 @@ def test_inspect_the_program(gristmill: Gristmill) -> None:
     total = dict.fromkeys(("operations", "weight_bytes", "state_bytes"), (int, float))
     matches(
         found,
-        {"model": str, "weights": str, "kv_dtype": str, "step": str, "nodes": [NODE], "total": total},
+        {
+            "model": str,
+            "weights": str,
+            "kv_dtype": str,
+            "step": str,
+            "digest": str,
+            "columns": [str],
+            "nodes": [NODE],
+            "total": total,
+            "parameters": int,
+            "stored_bytes": (int, float),
+            "state_bytes_per_token": (int, float),
+        },
     )
     assert {"embedding", "rmsnorm", "linear", "attention", "gated", "add", "select_rows"} == {
         node["op"] for node in found["nodes"]
     }
     for key in total:
         assert sum(node[key] for node in found["nodes"]) == pytest.approx(found["total"][key])
+    stored = gristmill.json("inspect", "smollm2", "--weights", "stored")
+    assert found["parameters"] == stored["parameters"]
+    assert found["stored_bytes"] == stored["weight_bytes"]
+    assert found["state_bytes_per_token"] == stored["kv_bytes_per_token"]["bf16"]
+    formats = {row["format"] for row in stored["formats"]} - {"f32"}
+    assert formats == {node["formats"] for node in found["nodes"]} - {""}
     # 30 layers read 512 and the new key and value, and write one: of 2 x 3 x 64 numbers in bf16.
     assert found["total"]["state_bytes"] == 30 * (513 + 1) * 384 * 2
     each = gristmill.json("inspect", "smollm2", "--program", "--layers")

@@ -213,12 +213,13 @@ def program_table(result: Mapping[str, Any]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    table = plain_table("node", "op", "weights", "details", "Mop", "kB", right=("Mop", "kB"))
+    table = plain_table("node", "op", "weights", "format", "details", "Mop", "kB", right=("Mop", "kB"))
     for row in result["nodes"]:
         table.add_row(
             Text(row["name"]),
             row["op"],
             Text(row["weights"]),
+            Text(row["formats"]),
             Text(row["details"]),
             f"{row['operations'] / 1e6:,.2f}",
             f"{(row['weight_bytes'] + row['state_bytes']) / 1e3:,.1f}",
@@ -227,13 +228,15 @@ def program_table(result: Mapping[str, Any]) -> Group:
     table.add_section()
     table.add_row(
         "total",
-        "",
-        "",
-        "",
+        *("",) * 4,
         f"{total['operations'] / 1e6:,.2f}",
         f"{(total['weight_bytes'] + total['state_bytes']) / 1e3:,.1f}",
     )
     head = Text(
         f"{result['model']}, weights {result['weights']}, KV {result['kv_dtype']}; one step: {result['step']}"
     )
-    return Group(head, Text(), table)
+    foot = Text(
+        f"{result['parameters']:,} parameters in {size(result['stored_bytes'])}; "
+        f"{size(result['state_bytes_per_token'])} of KV per token; program {result['digest'][:12]}"
+    )
+    return Group(head, Text(), table, Text(), foot)
