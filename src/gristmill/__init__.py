@@ -10,11 +10,12 @@ Names are imported on first use, so that importing the package costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from gristmill.version import __version__
 
+TYPE_CHECKING = False  # importing `typing` for it would delay the start
 if TYPE_CHECKING:
+    from typing import Any
+
     from gristmill.api import ChatSession, Model, load
     from gristmill.engine.result import Chunk, Result, Timings, TokenLogprob
     from gristmill.engine.sampling import SamplingParams
