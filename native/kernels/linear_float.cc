@@ -34,8 +34,7 @@ struct Decoder {
     const int64_t width = int4 ? 8 : 4;
     const uint8_t* codes =
         static_cast<const uint8_t*>(w.values) + block * w.kp * (int4 ? 8 : 16) + k0 / width * 64;
-    alignas(64) uint8_t wide[2][64];
-    alignas(64) uint8_t lane_major[16];
+    const vi mask = vi_set1(int4 ? 15 : 255);
     for (int64_t k = k0; k < k0 + n; k += width, codes += 64) {
       if (k >= g_end && g + 1 < w.groups) {
         ++g;
@@ -43,32 +42,27 @@ struct Decoder {
         scale = scale_at(w.scales, g);
         low = w.mins == nullptr ? vf_zero() : scale_at(w.mins, g);
       }
-      for (int64_t j = 0; j < 64; ++j) {
-        wide[0][j] = int4 ? codes[j] & 15 : codes[j];
-        wide[1][j] = codes[j] >> 4;
-      }
-      for (int64_t c = 0; c < width; ++c) {
-        const uint8_t* from = wide[c / 4] + c % 4;
-        for (int lane = 0; lane < 16; ++lane) lane_major[lane] = from[4 * lane];
-        vf value = scale * vi_float(vi_load_u8(lane_major) + offset);
+      // A lane's 32 bits are four columns, or twice four nibbles.
+      const vi word = vi_load(reinterpret_cast<const int32_t*>(codes));
+      const auto column = [&](vi bits, int64_t c) {
+        vf value = scale * vi_float((bits & mask) + offset);
         if (w.mins != nullptr) value = value + low;
         emit(k + c - k0, value);
-      }
+      };
+      column(word, 0);
+      column(vi_shr<8>(word), 1);
+      column(vi_shr<16>(word), 2);
+      column(vi_shr<24>(word), 3);
+      if (!int4) continue;
+      column(vi_shr<4>(word), 4);
+      column(vi_shr<12>(word), 5);
+      column(vi_shr<20>(word), 6);
+      column(vi_shr<28>(word), 7);
     }
   }
 
   const uint16_t* pairs(int64_t k0) const {
     return static_cast<const uint16_t*>(w.values) + block * w.kp * 16 + k0 * 16;
-  }
-
-  static void f16_pair(const uint16_t* p, vf* even, vf* odd) {
-    alignas(64) uint16_t split[2][16];
-    for (int lane = 0; lane < 16; ++lane) {
-      split[0][lane] = p[2 * lane];
-      split[1][lane] = p[2 * lane + 1];
-    }
-    *even = vf_load_f16(split[0]);
-    *odd = vf_load_f16(split[1]);
   }
 
   void to_f32(int64_t k0, int64_t n, float* strip) const {
@@ -77,16 +71,10 @@ struct Decoder {
       return;
     }
     for (int64_t c = 0; c < n; c += 2) {
-      vf even, odd;
-      if (w.storage == Storage::kBf16) {
-        const vh pair = vh_load(pairs(k0 + c));
-        even = vh_even(pair);
-        odd = vh_odd(pair);
-      } else {
-        f16_pair(pairs(k0 + c), &even, &odd);
-      }
-      vf_store(strip + c * 16, even);
-      vf_store(strip + (c + 1) * 16, odd);
+      const vh pair = vh_load(pairs(k0 + c));
+      const bool bf16 = w.storage == Storage::kBf16;
+      vf_store(strip + c * 16, bf16 ? vh_even(pair) : vh_even_f16(pair));
+      vf_store(strip + (c + 1) * 16, bf16 ? vh_odd(pair) : vh_odd_f16(pair));
     }
   }
 
@@ -109,7 +97,9 @@ struct Decoder {
         even = vf_load(from);
         odd = vf_load(from + 16);
       } else {
-        f16_pair(pairs(k0 + c), &even, &odd);
+        const vh pair = vh_load(pairs(k0 + c));
+        even = vh_even_f16(pair);
+        odd = vh_odd_f16(pair);
       }
       vh_store(strip + c * 16, vh_pack(even, odd));
     }

@@ -36,8 +36,9 @@ void tile(const Tile& t, vf* y) {
   for (int r = 0; r < kRows; ++r) acc[r] = vf_zero();
   const int64_t group = kGroup ? kGroup : t.group;
   const uint8_t* codes = t.codes;
-  // A lone row is bound by memory: fetch well ahead of the hardware prefetcher, which stops at page borders.
-  constexpr bool kPrefetch = kRows <= 4;
+  // Fetch well ahead of the hardware prefetcher, which stops at page borders. Tiles of 12 rows never come
+  // first in a panel, so that they find their codes in the cache.
+  constexpr bool kPrefetch = kRows <= 8;
   for (int64_t g = 0; g < t.groups; ++g) {
     const int8_t* q = t.q + g * group;
     const int64_t columns = kGroup ? kGroup : (g + 1 == t.groups ? t.kp - g * group : group);
@@ -115,11 +116,11 @@ TileFn pick(const Weight& w, int64_t rows) {
   return w.storage == Storage::kInt4 ? pick_format<true>(w, rows) : pick_format<false>(w, rows);
 }
 
-// The next tile height for `left` rows: as even as the compiled sizes allow.
-int64_t tile_rows(int64_t left) {
+// The next tile height for `left` rows of a panel.
+int64_t tile_rows(int64_t left, bool first) {
   if (kTileRows >= 12) {
-    if (left == 16 || (left >= 8 && left < 12)) return 8;
-    if (left >= 12) return 12;
+    if (left >= 12 && !first) return 12;
+    if (left >= 8) return 8;
   }
   if (kTileRows >= 4) {
     if (left >= 4) return 4;
@@ -144,7 +145,7 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 48, or
   // large weights would be read from memory too often.
   const int64_t fit = 49152 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
-  const int64_t panel = fit < 48 ? 48 : fit;
+  const int64_t panel = 8 + (fit < 48 ? 48 : fit);
   for (int64_t p = 0; p < rows; p += panel) {
     const int64_t p_end = rows - p < panel ? rows : p + panel;
     for (int64_t b = block_begin; b < block_end; ++b) {
@@ -159,7 +160,7 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
       t.kp = w.kp;
       const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + b * 16, static_cast<int>(lanes));
       for (int64_t r = p; r < p_end;) {
-        const int64_t height = tile_rows(p_end - r);
+        const int64_t height = tile_rows(p_end - r, r == p);
         t.q = x.q + r * x.kp;
         t.x_scale = x.scale + r * w.groups;
         t.start = start + r * w.groups;

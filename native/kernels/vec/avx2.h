@@ -68,15 +68,16 @@ template <int kShift>
 inline vi vi_shl(vi x) {
   return {_mm256_slli_epi32(x.a, kShift), _mm256_slli_epi32(x.b, kShift)};
 }
+template <int kShift>
+inline vi vi_shr(vi x) {
+  return {_mm256_srli_epi32(x.a, kShift), _mm256_srli_epi32(x.b, kShift)};
+}
+inline vi operator&(vi x, vi y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 inline void vi_store_i8(int8_t* p, vi x) {
   // packs works within 128-bit lanes; the permutation restores the order.
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-}
-inline vi vi_load_u8(const uint8_t* p) {
-  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
 }
 
 inline float half_to_float(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
@@ -151,6 +152,20 @@ inline vi vi_dot_nibble(vi acc, vb w, const int8_t* a) {
 }
 
 inline vh vh_load(const uint16_t* p) { return {load256(p), load256(p + 16)}; }
+// Eight f16 in the low halves of 32-bit lanes; packing works within 128-bit lanes, the permutation restores
+// order.
+inline __m256 low_f16(__m256i x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+}
+// The even or the odd elements, read as f16.
+inline vf vh_even_f16(vh x) {
+  const __m256i low = _mm256_set1_epi32(0xffff);
+  return {low_f16(_mm256_and_si256(x.a, low)), low_f16(_mm256_and_si256(x.b, low))};
+}
+inline vf vh_odd_f16(vh x) {
+  return {low_f16(_mm256_srli_epi32(x.a, 16)), low_f16(_mm256_srli_epi32(x.b, 16))};
+}
 inline vf vh_even(vh x) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};
 }

@@ -51,11 +51,13 @@ template <int kShift>
 inline vi vi_shl(vi a) {
   return {_mm512_slli_epi32(a.v, kShift)};
 }
+template <int kShift>
+inline vi vi_shr(vi a) {
+  return {_mm512_srli_epi32(a.v, kShift)};
+}
+inline vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline void vi_store_i8(int8_t* p, vi a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
-}
-inline vi vi_load_u8(const uint8_t* p) {
-  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 
 inline float half_to_float(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
@@ -100,6 +102,9 @@ inline vi vi_dot(vi acc, vb w, const int8_t* a) {
 }
 
 inline vh vh_load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+// The even or the odd elements, read as f16.
+inline vf vh_even_f16(vh a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
+inline vf vh_odd_f16(vh a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)))}; }
 inline vf vh_even(vh a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 inline vf vh_odd(vh a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))))};

@@ -115,14 +115,19 @@ inline vi vi_shl(vi a) {
   GM_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kShift);
   return a;
 }
+// Zeros come in from the left.
+template <int kShift>
+inline vi vi_shr(vi a) {
+  GM_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> kShift);
+  return a;
+}
+inline vi operator&(vi a, vi b) {
+  GM_EACH a.v[i] &= b.v[i];
+  return a;
+}
 // Saturates to int8 and stores 16 bytes.
 inline void vi_store_i8(int8_t* p, vi a) {
   GM_EACH p[i] = static_cast<int8_t>(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
-}
-inline vi vi_load_u8(const uint8_t* p) {
-  vi r;
-  GM_EACH r.v[i] = p[i];
-  return r;
 }
 
 inline float half_to_float(uint16_t h) {
@@ -204,6 +209,17 @@ inline vh vh_load(const uint16_t* p) {
   return r;
 }
 // The even (low) and the odd (high) value of each lane's pair, widened.
+// The even or the odd elements, read as f16.
+inline vf vh_even_f16(vh a) {
+  vf r;
+  GM_EACH r.v[i] = half_to_float(a.v[2 * i]);
+  return r;
+}
+inline vf vh_odd_f16(vh a) {
+  vf r;
+  GM_EACH r.v[i] = half_to_float(a.v[2 * i + 1]);
+  return r;
+}
 inline vf vh_even(vh a) {
   vf r;
   GM_EACH {
