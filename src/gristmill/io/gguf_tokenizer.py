@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from gristmill.errors import TokenizerError
 
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Json = dict[str, object]
+T = TypeVar("T")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -36,27 +38,11 @@ MAX_MERGES = 1 << 23
 MAX_TOKEN_CHARS = 1 << 14
 
 # Texts that end a turn or a document in published models; a model's own ids always count as well.
-END_OF_TURN_TEXTS = frozenset(
-    {
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<eos>",
-        "</s>",
-        "<｜end▁of▁sentence｜>",
-    }
-)
+END_OF_TURN_TEXTS = frozenset({
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>",
+    "</s>", "<｜end▁of▁sentence｜>",
+})  # fmt: skip
 
 
 def end_of_turn_texts(texts: frozenset[str] | set[str]) -> frozenset[str]:
@@ -202,74 +188,55 @@ def supported_pre_tokenizers() -> tuple[str, ...]:
 # ---- reading the metadata ----------------------------------------------------------------------------------
 
 
-def _plain(value: object) -> object:
-    """NumPy arrays and scalars as Python lists and scalars, anything else unchanged."""
-    convert = getattr(value, "tolist", None)
-    return convert() if callable(convert) else value
-
-
 class _Metadata:
-    """Typed, checked access to the metadata mapping; every failure names the key."""
+    """Typed, checked access to the metadata; every failure names the key."""
 
     def __init__(self, values: Mapping[str, object]) -> None:
         self._values = values
 
-    def _get(self, key: str) -> object:
-        return _plain(self._values.get(key))
+    def get(self, key: str, kind: type[T], what: str) -> T | None:
+        """A value of exactly this type (a bool is no int), None if the key is absent."""
+        value = self._values.get(key)
+        if value is None or type(value) is kind:
+            return value
+        raise TokenizerError(f"GGUF key {key} should be {what}, not {type(value).__name__}")
 
     def text(self, key: str) -> str | None:
-        value = self._get(key)
-        if value is not None and not isinstance(value, str):
-            raise TokenizerError(f"GGUF key {key} should be a string, not {type(value).__name__}")
-        return value
+        return self.get(key, str, "a string")
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise TokenizerError(f"GGUF key {key} should be true or false, not {type(value).__name__}")
-        return value
+        value = self.get(key, bool, "true or false")
+        return default if value is None else value
 
     def token_id(self, key: str, count: int) -> int | None:
-        value = self._get(key)
-        if value is None:
-            return None
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TokenizerError(f"GGUF key {key} should be a token id, not {type(value).__name__}")
-        if not 0 <= value < count:
+        value = self.get(key, int, "a token id")
+        if value is not None and not 0 <= value < count:
             raise TokenizerError(f"GGUF key {key} is {value}, but the vocabulary has {count} tokens")
         return value
 
     def array(
         self, key: str, kinds: tuple[type, ...], limit: int, count: int | None = None
-    ) -> list[object] | None:
-        """A list with elements of exactly these kinds (a bool is no int); None if the key is absent."""
-        value = self._get(key)
+    ) -> list[Any] | None:
+        """A list with elements of exactly these types."""
+        value = self.get(key, list, "an array")
         if value is None:
             return None
-        if not isinstance(value, (list, tuple)):
-            raise TokenizerError(f"GGUF key {key} should be an array, not {type(value).__name__}")
         if count is not None and len(value) != count:
             raise TokenizerError(f"GGUF key {key} has {len(value)} entries for {count} tokens")
         if len(value) > limit:
             raise TokenizerError(f"GGUF key {key} has {len(value)} entries; at most {limit} are accepted")
-        wrong = {type(item) for item in value} - set(kinds)
-        if wrong:
+        if wrong := set(map(type, value)) - set(kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise TokenizerError(f"GGUF key {key} should hold {names}, found {wrong.pop().__name__}")
-        return list(value)
+        return value
 
     def texts(self, key: str, limit: int) -> list[str] | None:
-        items = self.array(key, (str,), limit)
-        if items is None:
-            return None
-        texts = [item for item in items if isinstance(item, str)]
-        for index, item in enumerate(texts):
-            if len(item) > MAX_TOKEN_CHARS:
-                raise TokenizerError(f"GGUF key {key}, entry {index}: {len(item)} characters are too long")
+        texts = self.array(key, (str,), limit)
+        for index, text in enumerate(texts or ()):
+            if len(text) > MAX_TOKEN_CHARS:
+                raise TokenizerError(f"GGUF key {key}, entry {index}: {len(text)} characters are too long")
         try:
-            "".join(texts).encode("utf-8")
+            "".join(texts or ()).encode("utf-8")
         except UnicodeEncodeError:
             raise TokenizerError(f"GGUF key {key} holds text that is not UTF-8") from None
         return texts
@@ -277,12 +244,30 @@ class _Metadata:
 
 @dataclass(frozen=True)
 class _Vocabulary:
+    """texts and types by id, ids by text, ids by role; ends: the ids that end a generation; special: the ids
+    that text cannot write."""
+
     texts: list[str]
     types: list[int]
     ids: dict[str, int]
+    roles: dict[str, int]
+    ends: frozenset[int]
+    special: frozenset[int]
 
 
-def _read_vocabulary(metadata: _Metadata) -> _Vocabulary:
+_ID_KEYS = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "eot": "tokenizer.ggml.eot_token_id",
+    "eom": "tokenizer.ggml.eom_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+    "sep": "tokenizer.ggml.seperator_token_id",
+    "mask": "tokenizer.ggml.mask_token_id",
+}
+
+
+def _read_vocabulary(metadata: _Metadata, sentencepiece: bool) -> _Vocabulary:
     texts = metadata.texts("tokenizer.ggml.tokens", MAX_TOKENS)
     if not texts:
         raise TokenizerError("the GGUF file has no tokenizer.ggml.tokens")
@@ -291,16 +276,43 @@ def _read_vocabulary(metadata: _Metadata) -> _Vocabulary:
     ids = {text: index for index, text in enumerate(texts)}
     if len(ids) != len(texts):
         index = next(i for i, text in enumerate(texts) if ids[text] != i)
-        raise TokenizerError(f"token {texts[index]!r} occurs twice, as ids {index} and {ids[texts[index]]}")
-    types = metadata.array("tokenizer.ggml.token_type", (int,), MAX_TOKENS, len(texts))
-    kinds = [kind for kind in types if isinstance(kind, int)] if types is not None else [NORMAL] * len(texts)
-    return _Vocabulary(texts, kinds, ids)
+        raise TokenizerError(
+            f"token {texts[index][:80]!r} occurs twice, as ids {index} and {ids[texts[index]]}"
+        )
+    types = metadata.array("tokenizer.ggml.token_type", (int,), MAX_TOKENS, len(texts)) or [NORMAL] * len(
+        texts
+    )
+    roles = {
+        role: index
+        for role, key in _ID_KEYS.items()
+        if (index := metadata.token_id(key, len(texts))) is not None
+    }
+    if sentencepiece:
+        # SentencePiece's own numbering, for older files that do not give the ids.
+        for index, (role, wanted) in enumerate((("unk", UNKNOWN), ("bos", CONTROL), ("eos", CONTROL))):
+            if index < len(types) and types[index] == wanted:
+                roles.setdefault(role, index)
+    ends = {roles[role] for role in ("eos", "eot", "eom") if role in roles}
+    ends |= {ids[text] for text in end_of_turn_texts(ids.keys() & END_OF_TURN_TEXTS)}
+    # A token that ends a turn is a control token even where the file calls it ordinary.
+    special = ends | {index for index, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
+    if "bos" in roles:
+        special.add(roles["bos"])
+    return _Vocabulary(texts, types, ids, roles, frozenset(ends), frozenset(special))
 
 
 # ---- the two kinds -----------------------------------------------------------------------------------------
 
 
-def _byte_level_model(metadata: _Metadata, vocabulary: _Vocabulary, pre: _Pre) -> Json:
+def _sequence(kind: str, parts: str, steps: Sequence[Json]) -> Json:
+    return steps[0] if len(steps) == 1 else {"type": kind, parts: list(steps)}
+
+
+def _bpe(vocab: dict[str, int], merges: Sequence[object], unk: str | None = None, **options: bool) -> Json:
+    return {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": unk, **options}
+
+
+def _byte_level_parts(metadata: _Metadata, vocabulary: _Vocabulary, pre: _Pre) -> Json:
     merges = metadata.texts("tokenizer.ggml.merges", MAX_MERGES)
     if merges is None:
         raise TokenizerError("the GGUF file has no tokenizer.ggml.merges, which a gpt2 tokenizer needs")
@@ -310,47 +322,16 @@ def _byte_level_model(metadata: _Metadata, vocabulary: _Vocabulary, pre: _Pre) -
         # character.
         cut = merge.find(" ", 1)
         left, right = merge[: max(cut, 0)], merge[cut + 1 :]
-        if (
-            cut < 0
-            or " " in left
-            or " " in right
-            or left not in ids
-            or right not in ids
-            or left + right not in ids
-        ):
+        joins = left in ids and right in ids and left + right in ids
+        if not joins or " " in left or " " in right:
             raise TokenizerError(
                 f"tokenizer.ggml.merges, entry {index}: {merge[:80]!r} does not join two tokens"
             )
-    normalizer = {"type": "NFC"} if pre.nfc else None
     return {
-        "normalizer": normalizer,
-        "pre_tokenizer": pre.steps[0]
-        if len(pre.steps) == 1
-        else {"type": "Sequence", "pretokenizers": list(pre.steps)},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(ids, merges, unk=None, byte_fallback=False, ignore_merges=pre.ignore_merges),
-    }
-
-
-def _bpe(
-    vocab: dict[str, int],
-    merges: Sequence[object],
-    *,
-    unk: str | None,
-    byte_fallback: bool,
-    ignore_merges: bool,
-) -> Json:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unk,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": byte_fallback,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": ignore_merges,
-        "vocab": vocab,
-        "merges": merges,
+        "normalizer": {"type": "NFC"} if pre.nfc else None,
+        "pre_tokenizer": _sequence("Sequence", "pretokenizers", pre.steps),
+        "decoder": _byte_level(True),
+        "model": _bpe(ids, merges, ignore_merges=pre.ignore_merges),
     }
 
 
@@ -370,18 +351,21 @@ def _score_merges(vocab: Mapping[str, int], pieces: Mapping[str, float]) -> list
     ]
 
 
-def _sentencepiece_model(metadata: _Metadata, vocabulary: _Vocabulary, unk: int | None) -> Json:
-    count = len(vocabulary.texts)
-    scores = metadata.array("tokenizer.ggml.scores", (float, int), MAX_TOKENS, count)
+def _sentencepiece_parts(metadata: _Metadata, vocabulary: _Vocabulary) -> Json:
+    texts = vocabulary.texts
+    scores = metadata.array("tokenizer.ggml.scores", (float, int), MAX_TOKENS, len(texts))
     if scores is None:
         raise TokenizerError("the GGUF file has no tokenizer.ggml.scores, which a llama tokenizer needs")
-    values = [float(score) if isinstance(score, (int, float)) else 0.0 for score in scores]
-    if not all(map(math.isfinite, values)):
+    if not all(map(math.isfinite, scores)):
         raise TokenizerError("tokenizer.ggml.scores holds a value that is not a finite number")
+    normal = [
+        index
+        for index, kind in enumerate(vocabulary.types)
+        if kind == NORMAL and index not in vocabulary.special
+    ]
+    parts = {texts[index]: index for index in normal}
+    pieces = {texts[index]: scores[index] for index in normal if len(texts[index]) > 1}
     vocab = dict(vocabulary.ids)
-    normal = [index for index, kind in enumerate(vocabulary.types) if kind == NORMAL]
-    pieces = {vocabulary.texts[index]: values[index] for index in normal if len(vocabulary.texts[index]) > 1}
-    parts = {vocabulary.texts[index]: index for index in normal}
     characters = set("".join(pieces))
     for index in range(256):
         if (name := f"<0x{index:02X}>") not in vocab:
@@ -389,183 +373,119 @@ def _sentencepiece_model(metadata: _Metadata, vocabulary: _Vocabulary, unk: int 
         if index < 128 and chr(index) in characters and chr(index) not in vocab:
             # A piece such as two tabs is merged from a character that exists only as a byte token.
             vocab[chr(index)] = parts[chr(index)] = vocab[name]
-    prefix = metadata.flag("tokenizer.ggml.add_space_prefix", True)
-    spaces: Json = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    normalizers: list[Json] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     decoders: list[Json] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    normalizers = [spaces]
-    if prefix:
+    if metadata.flag("tokenizer.ggml.add_space_prefix", True):
         normalizers.insert(0, {"type": "Prepend", "prepend": "▁"})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = vocabulary.roles.get("unk")
+    unk = None if unknown is None else texts[unknown]
     return {
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "normalizer": _sequence("Sequence", "normalizers", normalizers),
         "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(
-            vocab,
-            _score_merges(parts, pieces),
-            unk=None if unk is None else vocabulary.texts[unk],
-            byte_fallback=True,
-            ignore_merges=False,
-        ),
+        "decoder": _sequence("Sequence", "decoders", decoders),
+        "model": _bpe(vocab, _score_merges(parts, pieces), unk, fuse_unk=True, byte_fallback=True),
     }
 
 
 # ---- special tokens ----------------------------------------------------------------------------------------
 
 
-def _added_tokens(vocabulary: _Vocabulary, special: frozenset[int]) -> list[Json]:
-    return [
-        {
-            "id": index,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": index in special,
-        }
-        for index, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True))
-        if index in special or kind == USER_DEFINED
-    ]
+def _added_token(index: int, text: str, special: bool) -> Json:
+    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": text, "special": special, **no}
 
 
-def _post_processor(vocabulary: _Vocabulary, bos: int | None, eos: int | None) -> Json:
-    """Adds the begin and end tokens that are not None around a text."""
+def _post_processor(begin: list[str], end: list[str], ids: Mapping[str, int]) -> Json:
+    """Puts begin and end tokens around every text."""
 
-    def single(kind: str) -> Json:
-        return {"Sequence": {"id": kind, "type_id": 0}}
+    def token(text: str) -> Json:
+        return {"SpecialToken": {"id": text, "type_id": 0}}
 
-    def token(index: int | None) -> list[Json]:
-        return [] if index is None else [{"SpecialToken": {"id": vocabulary.texts[index], "type_id": 0}}]
+    def around(sequence: str) -> list[Json]:
+        return [*map(token, begin), {"Sequence": {"id": sequence, "type_id": 0}}, *map(token, end)]
 
     return {
         "type": "TemplateProcessing",
-        "single": [*token(bos), single("A"), *token(eos)],
-        "pair": [*token(bos), single("A"), *token(eos), *token(bos), single("B"), *token(eos)],
-        "special_tokens": {
-            vocabulary.texts[index]: {
-                "id": vocabulary.texts[index],
-                "ids": [index],
-                "tokens": [vocabulary.texts[index]],
-            }
-            for index in (bos, eos)
-            if index is not None
-        },
+        "single": around("A"),
+        "pair": around("A") + around("B"),
+        "special_tokens": {text: {"id": text, "ids": [ids[text]], "tokens": [text]} for text in begin + end},
     }
 
 
 def _chat_template(metadata: _Metadata) -> object:
     """The template, or Hugging Face's list of named templates if the file has several; None without any."""
-    default = metadata.text("tokenizer.chat_template")
-    names = metadata.texts("tokenizer.chat_templates", 64) or []
-    named: list[Json] = []
-    for name in names:
-        template = metadata.text(f"tokenizer.chat_template.{name}")
-        if template is None:
-            raise TokenizerError(f"tokenizer.chat_templates names {name!r}, but there is no such template")
-        named.append({"name": name, "template": template})
-    if not named:
-        return default
-    if default is not None:
-        named.insert(0, {"name": "default", "template": default})
-    return named
-
-
-_ID_KEYS = {
-    "bos": "tokenizer.ggml.bos_token_id",
-    "eos": "tokenizer.ggml.eos_token_id",
-    "eot": "tokenizer.ggml.eot_token_id",
-    "eom": "tokenizer.ggml.eom_token_id",
-    "unk": "tokenizer.ggml.unknown_token_id",
-    "pad": "tokenizer.ggml.padding_token_id",
-    "sep": "tokenizer.ggml.seperator_token_id",
-    "mask": "tokenizer.ggml.mask_token_id",
-}
+    named = {"default": metadata.text("tokenizer.chat_template")}
+    for name in metadata.texts("tokenizer.chat_templates", 64) or []:
+        named[name] = metadata.text(f"tokenizer.chat_template.{name}")
+        if named[name] is None:
+            raise TokenizerError(
+                f"tokenizer.chat_templates names {name[:80]!r}, but there is no such template"
+            )
+    if len(named) == 1:
+        return named["default"]
+    return [{"name": name, "template": template} for name, template in named.items() if template is not None]
 
 
 def convert_tokenizer(metadata: Mapping[str, object]) -> TokenizerFiles:
     """Translate the `tokenizer.*` keys of a GGUF file.
 
-    metadata maps full key names to Python or NumPy values; keys that are not about the tokenizer are ignored.
-    Raises TokenizerError for a kind of tokenizer or a pre-tokenizer that is not known, and for entries of a
-    wrong type, count or range. A damaged vocabulary never takes more memory than a few times its own size.
+    metadata maps full key names to Python values; keys that are not about the tokenizer are ignored. Raises
+    TokenizerError for a kind of tokenizer or a pre-tokenizer that is not known, and for entries of a wrong
+    type, count or range. A damaged vocabulary never takes more memory than a few times its own size.
     """
     data = _Metadata(metadata)
     kind = data.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         problem = f"the kind {kind[:80]!r}, which is not supported" if kind else "no tokenizer.ggml.model"
         raise TokenizerError(f"the tokenizer of the GGUF file has {problem} (supported: gpt2, llama)")
-    vocabulary = _read_vocabulary(data)
-    ids = _special_ids(data, vocabulary, sentencepiece=kind == "llama")
+    vocabulary = _read_vocabulary(data, sentencepiece=kind == "llama")
+    texts, roles = vocabulary.texts, vocabulary.roles
     if kind == "llama":
-        parts, bos_default = _sentencepiece_model(data, vocabulary, ids.get("unk")), True
+        parts, adds_begin = _sentencepiece_parts(data, vocabulary), True
     else:
         pre = _pre_tokenizer(data)
-        parts, bos_default = _byte_level_model(data, vocabulary, pre), pre.add_bos
-    around = {
-        "bos": _added(data, "bos", ids, bos_default and "bos" in ids),
-        "eos": _added(data, "eos", ids, False),
-    }
-
-    ends = {ids[name] for name in ("eos", "eot", "eom") if name in ids}
-    # A token that ends a turn is a control token even where the file calls it ordinary.
-    ends |= {vocabulary.ids[text] for text in end_of_turn_texts(vocabulary.ids.keys() & END_OF_TURN_TEXTS)}
-    control = {index for index, sort in enumerate(vocabulary.types) if sort in (CONTROL, UNKNOWN)}
-    special = frozenset(control | ends | ({ids["bos"]} if "bos" in ids else set()))
-
+        parts, adds_begin = _byte_level_parts(data, vocabulary, pre), pre.add_bos
+    begin = _surrounding(data, "bos", vocabulary, adds_begin and "bos" in roles)
+    end = _surrounding(data, "eos", vocabulary, False)
     tokenizer: Json = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary, special),
-        "normalizer": parts["normalizer"],
-        "pre_tokenizer": parts["pre_tokenizer"],
-        "post_processor": _post_processor(vocabulary, around["bos"], around["eos"]),
-        "decoder": parts["decoder"],
-        "model": parts["model"],
+        "added_tokens": [
+            _added_token(index, texts[index], index in vocabulary.special)
+            for index, sort in enumerate(vocabulary.types)
+            if index in vocabulary.special or sort == USER_DEFINED
+        ],
+        "post_processor": _post_processor(begin, end, vocabulary.ids),
+        **parts,
     }
     config: Json = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": around["bos"] is not None,
-        "add_eos_token": around["eos"] is not None,
+        "add_bos_token": bool(begin),
+        "add_eos_token": bool(end),
         "clean_up_tokenization_spaces": False,
     }
-    for name in ("bos", "eos", "unk", "pad", "sep", "mask"):
+    for role in ("bos", "eos", "unk", "pad", "sep", "mask"):
+        token = roles.get(role)
         # Only tokens that text cannot produce: some files pad with "!", which must stay an ordinary token.
-        if name in ids and (ids[name] in special or vocabulary.types[ids[name]] == USER_DEFINED):
-            config[f"{name}_token"] = vocabulary.texts[ids[name]]
-    template = _chat_template(data)
-    if template is not None:
+        if token is not None and (token in vocabulary.special or vocabulary.types[token] == USER_DEFINED):
+            config[f"{role}_token"] = texts[token]
+    if (template := _chat_template(data)) is not None:
         config["chat_template"] = template
-    return TokenizerFiles(tokenizer, config, tuple(sorted(ends)))
+    return TokenizerFiles(tokenizer, config, tuple(sorted(vocabulary.ends)))
 
 
-def _special_ids(metadata: _Metadata, vocabulary: _Vocabulary, sentencepiece: bool) -> dict[str, int]:
-    """Ids by role, where the file gives them; SentencePiece's own numbering where older files do not."""
-    ids = {
-        name: index
-        for name, key in _ID_KEYS.items()
-        if (index := metadata.token_id(key, len(vocabulary.texts))) is not None
-    }
-    if sentencepiece:
-        for index, (name, wanted) in enumerate((("unk", UNKNOWN), ("bos", CONTROL), ("eos", CONTROL))):
-            if index < len(vocabulary.types) and vocabulary.types[index] == wanted:
-                ids.setdefault(name, index)
-    return ids
-
-
-def _added(metadata: _Metadata, name: str, ids: Mapping[str, int], default: bool) -> int | None:
-    """The id to put at the begin or end of every text, None for none."""
-    key = f"tokenizer.ggml.add_{name}_token"
+def _surrounding(metadata: _Metadata, role: str, vocabulary: _Vocabulary, default: bool) -> list[str]:
+    """The token to put at the begin or end of every text, if any."""
+    key = f"tokenizer.ggml.add_{role}_token"
     if not metadata.flag(key, default):
-        return None
-    if name not in ids:
-        raise TokenizerError(f"{key} is true, but {_ID_KEYS[name]} is not set")
-    return ids[name]
+        return []
+    if role not in vocabulary.roles:
+        raise TokenizerError(f"{key} is true, but {_ID_KEYS[role]} is not set")
+    return [vocabulary.texts[vocabulary.roles[role]]]
 
 
 def _pre_tokenizer(metadata: _Metadata) -> _Pre:
