@@ -283,9 +283,9 @@ def _read_vocabulary(metadata: _Metadata, sentencepiece: bool) -> _Vocabulary:
         texts
     )
     roles = {
-        role: index
+        role: found
         for role, key in _ID_KEYS.items()
-        if (index := metadata.token_id(key, len(texts))) is not None
+        if (found := metadata.token_id(key, len(texts))) is not None
     }
     if sentencepiece:
         # SentencePiece's own numbering, for older files that do not give the ids.
