@@ -319,7 +319,7 @@ def bench(
 
 @app.command()
 @click.argument("model")
-@click.option("--base", help="The model to compare with. [default: MODEL itself]")
+@click.option("--base", metavar="MODEL", help="The model to compare with. [default: MODEL itself]")
 @click.option("--text", type=click.Path(), help="A UTF-8 file. [default: Python's own documentation]")
 @click.option("--tokens", type=int, default=4096, show_default=True, help="How much of the text is read.")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens read in one piece.")
