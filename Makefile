@@ -35,12 +35,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'native/**/*.cc' 'native/**/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'native/**/*.cc' 'native/**/*.h' | xargs $(BIN)/clang-format -i
+	find native -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 test: $(VENV)/.dev native lint
 	$(BIN)/python -m pytest
