@@ -40,10 +40,11 @@ class Terminal:
         shown, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return shown
 
-    def end(self) -> tuple[int, str]:
+    def end(self, seconds: float = 60) -> tuple[int, str]:
         """Waits for the program's end: its exit code, and what it still showed."""
+        limit = time.monotonic() + seconds
         while self._read():
-            pass
+            assert time.monotonic() < limit, f"it did not end: {self.seen!r}"
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
         return os.waitstatus_to_exitcode(status), self.seen
