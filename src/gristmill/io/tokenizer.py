@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gristmill.errors import TokenizerError
 from gristmill.io.gguf_tokenizer import end_of_turn_texts
+from gristmill.io.json_file import read_object
+from gristmill.io.mapped import read_small
 
 if TYPE_CHECKING:
     from gristmill.io.chat import ChatTemplate, RenderedPrompt
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Tokenizer"]
 
 _SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_FILE_LIMIT = 512 << 20
+_TEMPLATE_LIMIT = 4 << 20
+_SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -40,15 +46,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty if there is no file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} should hold a JSON object")
-    return content
+    return read_object(path) if path.exists() else {}
 
 
 def _token_content(value: object) -> str | None:
@@ -138,6 +136,9 @@ class Tokenizer:
         names, template_source is the chat template in Jinja.
         """
         self._backend = backend
+        # Some files ask for a fixed length, which is for training.
+        backend.no_truncation()
+        backend.no_padding()
         config = config or {}
         self._texts = {role: text for role in _SPECIAL_ROLES if (text := _token_content(config.get(role)))}
         self.template_source = template_source
@@ -201,24 +202,23 @@ class Tokenizer:
                 f"; {others[0]} alone cannot be read, save the tokenizer with Transformers" if others else ""
             )
             raise TokenizerError(f"{directory} has no tokenizer.json{hint}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except BaseException as error:
-            # The library reports damage as a bare Exception, and as a panic that is not even an Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise TokenizerError(f"{path} is damaged: {_one_line(error)}") from None
         config = _read_json(directory / "special_tokens_map.json")
         config |= _read_json(directory / "tokenizer_config.json")
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
             content = _read_json(directory / name)
-            ends += _id_list(content.get("eos_token_id"), name)
-            inner = content.get("text_config")
+            ends += _id_list(data.get("eos_token_id"), name)
+            inner = data.get("text_config")
             if isinstance(inner, dict):
                 ends += _id_list(inner.get("eos_token_id"), name)
         template = _template_source(directory, config)
-        return cls(backend, config=config, eos_token_ids=ends, template_source=template)
+        data = read_small(path, _FILE_LIMIT)
+        if _SUBWORD_PREFIX.search(data):
+            # Words in pieces of this kind are decoded otherwise; and a wrong prefix makes the library abort.
+            raise TokenizerError(f"{path} uses continuing_subword_prefix, which is not supported")
+        with _damage(str(path)):
+            backend = tokenizers.Tokenizer.from_buffer(data)
+            return cls(backend, config=config, eos_token_ids=ends, template_source=template)
 
     # ---- text to ids ---------------------------------------------------------------------------------------
 
@@ -302,7 +302,8 @@ class Tokenizer:
             if self._prefix_first and position == 0 and piece and not piece.startswith((" ", "▁")):
                 piece = " " + piece  # noqa: PLW2901
             try:
-                ids += self._backend.encode(piece, add_special_tokens=False).ids
+                with _damage("the tokenizer"):
+                    ids += self._backend.encode(piece, add_special_tokens=False).ids
             except (UnicodeEncodeError, TypeError):
                 message = "the text is not valid Unicode: it holds half of a surrogate pair"
                 raise TokenizerError(message) from None
@@ -367,8 +368,19 @@ class Tokenizer:
             self._backend.add_special_tokens(changed)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Reports what goes wrong in the `tokenizers` library, for which a damaged tokenizer is the only cause.
+
+    The library raises a bare Exception or ValueError, or a panic that is not even an Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        reason = "".join(c if c.isprintable() else " " for c in str(error)[:200])
+        raise TokenizerError(f"{what} is damaged: {reason}") from None
 
 
 def _component(part: Any) -> dict[str, Any] | None:
@@ -438,12 +450,11 @@ def _listed_texts(config: Mapping[str, Any]) -> list[str]:
 def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     """The default chat template: chat_template.jinja, or else the entry of tokenizer_config.json."""
     path = directory / "chat_template.jinja"
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read {path}: {_one_line(error)}") from None
+    if path.exists():
+        try:
+            return read_small(path, _TEMPLATE_LIMIT).decode("utf-8")
+        except UnicodeDecodeError:
+            raise TokenizerError(f"{path} is not UTF-8 text") from None
     entry = config.get("chat_template")
     if isinstance(entry, list):
         named = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
