@@ -207,8 +207,8 @@ class Tokenizer:
         ends: list[int] = []
         for name in ("generation_config.json", "config.json"):
             content = _read_json(directory / name)
-            ends += _id_list(data.get("eos_token_id"), name)
-            inner = data.get("text_config")
+            ends += _id_list(content.get("eos_token_id"), name)
+            inner = content.get("text_config")
             if isinstance(inner, dict):
                 ends += _id_list(inner.get("eos_token_id"), name)
         template = _template_source(directory, config)
