@@ -222,7 +222,8 @@ def test_templates_with_special_tokens(style, text):
 def test_any_text(style, text):
     ours, other = pair(style)
     ids = ours.encode(text, add_special=False)
-    assert ids == other.encode(text, add_special_tokens=False)
+    if not any(token.content in text for token in other.added_tokens_decoder.values() if token.special):
+        assert ids == other.encode(text, add_special_tokens=False)
     assert not set(ids) & ours.special_ids
     assert ours.decode(ids) == plain_text(style, text)
     detokenizer = Detokenizer(ours)
