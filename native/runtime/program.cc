@@ -45,6 +45,10 @@ int64_t Program::add_buffer(const BufferSpec& spec) {
   Buffer b;
   b.spec = spec;
   if (b.spec.padded < b.spec.width) b.spec.padded = b.spec.width;
+  // Rows a large power of two apart would all meet in the same few lines of a cache; a line more spreads
+  // them.
+  const int64_t element = spec.encoding == Encoding::kF32 ? 4 : spec.encoding == Encoding::kBf16 ? 2 : 1;
+  if (b.spec.padded * element % 1024 == 0) b.spec.padded += 64 / element;
   buffers_.push_back(b);
   reserved_tokens_ = reserved_logits_ = 0;
   return static_cast<int64_t>(buffers_.size()) - 1;
@@ -64,6 +68,12 @@ void Program::set_rope(int64_t index, std::vector<float> cos, std::vector<float>
   r.half = half;
   r.cos = std::move(cos);
   r.sin = std::move(sin);
+}
+
+void Program::set_logits(int64_t buffer) {
+  BufferSpec& spec = buffers_.at(static_cast<size_t>(buffer)).spec;
+  spec.padded = spec.width;  // the caller's array
+  logits_ = buffer;
 }
 
 void Program::add_node(Node node) {
@@ -310,34 +320,41 @@ void Program::run_node(const Node& node, int thread) {
   switch (node.op) {
     case Op::kEmbedding: {
       const Weight& w = weights_[static_cast<size_t>(node.weight)];
-      float* out = f32(node.out[0], thread);
+      const int64_t ld = buffers_[static_cast<size_t>(node.out[0])].spec.padded;
       const Range r = split(tokens_, thread, threads);
       for (int64_t i = r.begin; i < r.end; ++i) {
-        kernels_->decode_row(w, input_->tokens[i], out + i * w.k);
+        float* out = f32(node.out[0], thread) + i * ld;
+        kernels_->decode_row(w, input_->tokens[i], out);
         if (node.scale != 1.0f) {
-          for (int64_t c = 0; c < w.k; ++c) out[i * w.k + c] *= node.scale;
+          for (int64_t c = 0; c < w.k; ++c) out[c] *= node.scale;
         }
       }
       return;
     }
     case Op::kRmsNorm: {
       const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
-      const int64_t width = to.spec.width, part = width / node.heads;
+      const int64_t part = to.spec.width / node.heads;
+      const int64_t ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded, ldy = to.spec.padded;
       const float* x = f32(node.in[0], thread);
       float* y = f32(node.out[0], thread);
       const float* w = vectors_[static_cast<size_t>(node.vector)].data();
       const int64_t rows = rows_of(to);
       const Range r = to.replicated ? Range{0, rows} : split(rows, thread, threads);
-      const int64_t from = r.begin * width;
-      kernels_->rmsnorm(x + from, part, w, y + from, part, (r.end - r.begin) * node.heads, part, node.eps);
+      if (node.heads == 1) {
+        kernels_->rmsnorm(x + r.begin * ldx, ldx, w, y + r.begin * ldy, ldy, r.end - r.begin, part, node.eps);
+        return;
+      }
+      for (int64_t i = r.begin; i < r.end; ++i) {
+        kernels_->rmsnorm(x + i * ldx, part, w, y + i * ldy, part, node.heads, part, node.eps);
+      }
       return;
     }
     case Op::kAdd: {
       const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
-      const int64_t width = to.spec.width;
+      const int64_t ldx = to.spec.padded, ldy = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
       const Range r = split(rows_of(to), thread, threads);
-      kernels_->add(f32(node.out[0], thread) + r.begin * width, width,
-                    f32(node.in[0], thread) + r.begin * width, width, r.end - r.begin, width);
+      kernels_->add(f32(node.out[0], thread) + r.begin * ldx, ldx, f32(node.in[0], thread) + r.begin * ldy,
+                    ldy, r.end - r.begin, to.spec.width);
       return;
     }
     case Op::kEncode: {
@@ -365,13 +382,14 @@ void Program::run_node(const Node& node, int thread) {
       run_attention(node, thread);
       return;
     case Op::kSelectRows: {
-      const int64_t width = buffers_[static_cast<size_t>(node.out[0])].spec.width;
+      const int64_t ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
       const float* x = f32(node.in[0], thread);
       float* y = f32(node.out[0], thread);
       const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
       const Range r = to.replicated ? Range{0, logit_rows_} : split(logit_rows_, thread, threads);
       for (int64_t i = r.begin; i < r.end; ++i) {
-        std::memcpy(y + i * width, x + input_->logit_rows[i] * width, static_cast<size_t>(width) * 4);
+        std::memcpy(y + i * to.spec.padded, x + input_->logit_rows[i] * ldx,
+                    static_cast<size_t>(to.spec.width) * 4);
       }
       return;
     }

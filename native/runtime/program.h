@@ -22,7 +22,7 @@ struct BufferSpec {
   Encoding encoding = Encoding::kF32;
   Rows rows = Rows::kTokens;
   int64_t width = 0;   // columns used
-  int64_t padded = 0;  // columns stored (encodings pad with zeros)
+  int64_t padded = 0;  // columns stored at least, the distance of rows (encodings pad with zeros)
   int64_t group = 0;   // of int8
   // Small results may be computed by every thread into a copy of its own, which is cheaper than a barrier.
   bool private_copies = false;
@@ -94,7 +94,7 @@ class Program {
   void set_geometry(const KvGeometry& geometry) { geometry_ = geometry; }
   const KvGeometry& geometry() const { return geometry_; }
   // The f32 buffer whose rows are the logits.
-  void set_logits(int64_t buffer) { logits_ = buffer; }
+  void set_logits(int64_t buffer);
 
   // Runs one step and appends its tokens to the views; false if cancelled, which leaves the views' lengths
   // alone. Throws std::invalid_argument for a step that does not fit. The GIL is not needed.
