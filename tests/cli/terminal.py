@@ -40,11 +40,20 @@ class Terminal:
         shown, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return shown
 
-    def end(self, seconds: float = 60) -> tuple[int, str]:
-        """Waits for the program's end: its exit code, and what it still showed."""
-        limit = time.monotonic() + seconds
+    def end(self, seconds: float = 60, keys: str = "") -> tuple[int, str]:
+        """Waits for the program's end: its exit code, and what it still showed.
+
+        `keys` are pressed every second until then: Python overlooks a signal that comes just before it waits
+        for a line, until the next key.
+        """
+        begin = time.monotonic()
+        pressed = 0
         while self._read():
-            assert time.monotonic() < limit, f"it did not end: {self.seen!r}"
+            past = time.monotonic() - begin
+            assert past < seconds, f"it did not end: {self.seen!r}"
+            if keys and past >= pressed:
+                self.type(keys)
+                pressed += 1
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
         return os.waitstatus_to_exitcode(status), self.seen

@@ -246,10 +246,10 @@ def test_a_wrong_option_is_found_before_the_model_is_looked_for(gristmill: Grist
 def test_the_installed_command_is_this_program() -> None:
     from importlib.metadata import entry_points
 
-    from gristmill import cli
+    from gristmill import __main__
 
     (script,) = entry_points(group="console_scripts", name="gristmill")
-    assert script.load() is cli.main
+    assert script.load() is __main__.main
 
 
 def test_wrong_command_lines(gristmill: Gristmill) -> None:

@@ -186,8 +186,7 @@ def test_at_a_terminal(gristmill: Gristmill) -> None:
         screen.wait("> ")
         screen.type("secret\x15/stats\n")
         screen.wait("at most\n> ")
-        screen.type("\x03")
-        code, shown = screen.end()
+        code, shown = screen.end(keys="\x03")
         assert code == 130
         assert "Traceback" not in shown
     with Terminal(command, gristmill.environment) as screen:
