@@ -48,11 +48,13 @@ def configs() -> dict[str, dict[str, Any]]:
         "mistral-global": c("mistral", hidden_size=160, sliding_window=None),
         "qwen2": c("qwen2", hidden_size=128, head_dim=32, vocab_size=277),
         "qwen2-tied": c("qwen2", hidden_size=128, head_dim=32, tie_word_embeddings=True),
+        # Rows of whole kibibytes, which buffers spread apart.
+        "qwen3-256": c("qwen3", hidden_size=256, head_dim=64, num_attention_heads=4, intermediate_size=512),
         "qwen3": c("qwen3", hidden_size=144, head_dim=48, attention_bias=False),
         "gemma3": c("gemma3_text", hidden_size=160, head_dim=96, query_pre_attn_scalar=40),
         "gemma3-linear": c(
             "gemma3_text",
-            hidden_size=128,
+            hidden_size=256,
             head_dim=128,
             query_pre_attn_scalar=128,
             num_key_value_heads=1,
