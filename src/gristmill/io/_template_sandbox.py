@@ -1,5 +1,12 @@
 """The closed world in which chat templates run; see `gristmill.io.chat` for what it promises.
 
+Templates hold plain JSON values and a few of Jinja's own. Whatever makes a new value (an operator, call,
+filter, slice, literal or block) goes through `made`, which bounds its size; what could make a much larger one
+is estimated first. So no single step is long. Every pass of a loop, call, access to an item, comparison,
+filter and test looks at the clock, and all that is made counts against the room of one rendering.
+
+Marks before the characters of messages are hidden from what templates compare, count, search and cut.
+
 Imports Jinja, so it is itself imported on use.
 """
 
@@ -11,14 +18,15 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import chain
+from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2 import filters as jinja_filters
-from jinja2 import nodes
+from jinja2 import filters, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext, Macro, Undefined
+from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace, pass_context
@@ -33,46 +41,37 @@ __all__ = ["Sandbox"]
 
 _MAX_INT_BITS = 256
 _MAX_RANGE = 100_000
-_MAX_STRIP_CHARS = 256
 _MAX_WIDTH = 1000
-_MAX_FORMAT = 1 << 16
-_CLOCK_EVERY = 64
-_LONG = 4096
-_REFUSED = {
-    nodes.Include: "include",
-    nodes.Import: "import",
-    nodes.FromImport: "import",
-    nodes.Extends: "extends",
-    nodes.Block: "block",
-}
+_MAX_DEPTH = 128
+_MAX_SEARCH = 1 << 26
+_REFUSED = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block)
 _DATE_FORMAT = re.compile(r"(?:[^%]|%[-_0^#]?[A-Za-z%])*")
-_PERCENT_SIZES = re.compile(r"%(?:\([^)]{0,99}\))?[-#0 +]{0,9}(\*|\d+)?(?:\.(\*|\d+))?")
-_PLAIN_STR_METHODS = frozenset(
-    {
-        *("capitalize", "casefold", "lower", "swapcase", "title", "upper"),
-        *("endswith", "startswith", "removeprefix", "removesuffix"),
-        *("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower"),
-        *("isnumeric", "isprintable", "isspace", "istitle", "isupper"),
-        *("count", "find", "index", "partition", "split", "splitlines"),
-    }
-)
-_BACKWARD_STR_METHODS = frozenset({"rfind", "rindex", "rpartition", "rsplit"})
-_STRIP_STR_METHODS = frozenset({"lstrip", "rstrip", "strip"})
-_PAD_STR_METHODS = frozenset({"center", "ljust", "rjust", "zfill"})
-_LOOP_VALUES = frozenset(
-    {
-        *("depth", "depth0", "first", "index", "index0", "last"),
+_WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[^%A-Za-z]*?(?:\*|\d{4})")
+
+_CUTTING = {"partition", "rpartition", "rsplit", "split", "splitlines"}
+_PADDING = {"center", "ljust", "rjust", "zfill"}
+_STRIPPING = {"lstrip", "rstrip", "strip"}
+_TELLING = {
+    *("count", "endswith", "find", "index", "rfind", "rindex", "startswith"),
+    *("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower"),
+    *("isnumeric", "isprintable", "isspace", "istitle", "isupper"),
+}
+_CHANGING = {"capitalize", "casefold", "lower", "removeprefix", "removesuffix", "swapcase", "title", "upper"}
+_MEMBERS: dict[type, set[str]] = {
+    str: {"format", "join", "replace"} | _CUTTING | _PADDING | _STRIPPING | _TELLING | _CHANGING,
+    dict: {"get", "items", "keys", "values"},
+    list: {"count", "index"},
+    tuple: {"count", "index"},
+    LoopContext: {
+        *("changed", "cycle", "depth", "depth0", "first", "index", "index0", "last"),
         *("length", "nextitem", "previtem", "revindex", "revindex0"),
-    }
+    },
+}
+_PLAIN_FILTERS = (
+    *("abs", "attr", "capitalize", "d", "default", "dictsort", "e", "escape", "float", "forceescape", "int"),
+    *("items", "lower", "map", "max", "min", "reject", "rejectattr", "safe", "select", "selectattr", "sort"),
+    *("title", "truncate", "unique", "upper", "wordcount"),
 )
-# Tests whose time grows with everything inside their arguments.
-_DEEP_TESTS = frozenset(
-    {
-        *("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan"),
-        *("ge", ">=", "<", "lt", "lessthan", "<=", "le"),
-    }
-)
-_DEEP_FILTERS = ("dictsort", "max", "min", "sort", "unique")
 
 
 class _LimitError(Exception):
@@ -90,18 +89,6 @@ class _Namespace(Namespace):
         return "<namespace>"
 
 
-class _Method:
-    """A method or function that templates may call."""
-
-    __slots__ = ("run",)
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-
-    def __repr__(self) -> str:
-        return "<method>"
-
-
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; here its content is simply rendered."""
 
@@ -113,57 +100,46 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
+def _apply(name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
+
+
 class _Instrument(NodeTransformer):
-    """Adds the counting and size checks that Jinja has no hook for.
-
-    The filters it inserts have names that no template can write.
-    """
-
-    def _apply(self, name: str, node: Any) -> nodes.Filter:
-        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-    def _count_body(self, node: Any) -> nodes.Node:
-        self.generic_visit(node)
-        tick = self._apply("gm-tick", nodes.Const(None, lineno=node.lineno))
-        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
-        return node  # type: ignore[no-any-return]
+    """Leads through filters, whose names no template can write, what Jinja has no hook for."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        self._count_body(node)
-        if node.test is not None:
-            # The body is not reached for items that the condition leaves out.
-            node.test = self._apply("gm-guard", node.test)
+        self.generic_visit(node)
+        node.iter = _apply("gm-each", node.iter)
         return node
-
-    visit_Macro = visit_CallBlock = _count_body
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = self._apply("gm-weigh", node.expr)
+        node.expr = _apply("gm-read", node.expr)
         for operand in node.ops:
-            operand.expr = self._apply("gm-weigh", operand.expr)
+            operand.expr = _apply("gm-read", operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = self._apply("gm-guard", node.node)
-        return node
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        ends = (node.arg.start, node.arg.stop, node.arg.step)
+        return _apply("gm-slice", node.node, *(end or nodes.Const(None, lineno=node.lineno) for end in ends))
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return self._apply("gm-concat", nodes.Tuple(node.nodes, "load", lineno=node.lineno))
+        return _apply("gm-concat", nodes.Tuple(node.nodes, "load", lineno=node.lineno))
 
-    def _size(self, node: Any) -> Any:
+    def visit_List(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else self._apply("gm-sized", node)
+        loaded: nodes.Node = node if getattr(node, "ctx", "load") != "load" else _apply("gm-made", node)
+        return loaded
 
-    visit_List = visit_Tuple = visit_Dict = _size
+    visit_Tuple = visit_Dict = visit_List
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        for kind, name in _REFUSED.items():
-            if isinstance(node, kind):
-                raise _LimitError(f"it uses '{name}', which chat templates may not")
+        if isinstance(node, _REFUSED):
+            raise _LimitError(f"it uses '{type(node).__name__.lower()}', which chat templates may not")
         return super().generic_visit(node, *args, **kwargs)
 
 
@@ -171,19 +147,17 @@ class _Formatter(SandboxedFormatter):
     """str.format with bounded widths, for text and numbers only."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        if any(int(digits[:9]) > _MAX_WIDTH for digits in re.findall(r"\d+", format_spec)):
-            raise _LimitError("it formats with too large a width")
-        if format_spec and not isinstance(value, (str, int, float)):
-            raise _LimitError(f"it formats a value of type {type(value).__name__}")
+        if re.search(r"\d{4}", format_spec) or not isinstance(value, (str, int, float)):
+            raise _LimitError("it formats with too large a width, or a value that is not text or a number")
         return str(super().format_field(value, format_spec))
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja with counted steps, bounded values, and only the listed attributes, filters and globals."""
+    """Jinja with a clock, bounded values, and only the listed attributes, filters and globals."""
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    intercepted_binops = frozenset({"+", "*", "%", "**"})
 
-    def __init__(self) -> None:
+    def __init__(self, controls: frozenset[str]) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -192,258 +166,220 @@ class _Environment(ImmutableSandboxedEnvironment):
             optimized=False,
             cache_size=0,
             auto_reload=False,
+            finalize=pass_context(lambda _context, value: self.text(value)),
         )
+        self._controls = controls
         self.marker = ""
-        self._operations = self._next_look = self._chars = self.limit = 0
+        self._most = self._left = 0
         self._deadline = 0.0
-        self.finalize = pass_context(lambda _context, value: self.text(value))
-        self.globals = {
-            "range": _Method(self._range),
-            "dict": _Method(self._dict),
-            "namespace": _Method(_Namespace),
-            "raise_exception": _Method(self._raise_exception),
-            "strftime_now": _Method(self._strftime_now),
-        }
-        self.filters = self._make_filters()
-        tests: Mapping[str, Callable[..., Any]] = TESTS
-        self.tests = {
-            name: self._counted(test, self.weighed if name in _DEEP_TESTS else self.guard)
-            for name, test in tests.items()
-        }
         self._formatter = _Formatter(self)
+        self.globals = {
+            "range": self._range,
+            "dict": lambda *args, **kwargs: self.made(dict(*args, **kwargs)),
+            "namespace": self._namespace,
+            "raise_exception": self._raise_exception,
+            "strftime_now": self._strftime_now,
+        }
+        tests: Mapping[str, Any] = TESTS
+        self.tests = {name: self._test(test) for name, test in tests.items()}
+        self.filters = {name: self._filter(filter_) for name, filter_ in self._own_filters().items()}
 
-    # ---- budget --------------------------------------------------------------------------------------------
+    # ---- limits --------------------------------------------------------------------------------------------
 
-    def start(self, limits: TemplateLimits, input_chars: int, marker: str) -> None:
-        """Begin a rendering with a fresh budget."""
+    def start(self, limits: TemplateLimits, input_size: int, marker: str) -> None:
+        """Begin a rendering with fresh limits."""
         self.marker = marker
-        self.limit = limits.extra_chars + limits.input_factor * input_chars
-        self._chars = limits.total_factor * self.limit
-        self._operations = self._next_look = limits.operations
+        self._most = limits.extra_chars + limits.input_factor * input_size
+        self._left = limits.total_factor * self._most
         self._deadline = time.monotonic() + limits.seconds
 
-    def spend(self, size: int = 1) -> None:
-        """Count one step over `size` characters or items."""
-        self._operations -= 1 + (size >> 6)
-        if self._operations < 0:
-            raise _LimitError("it takes too many steps")
-        if size > _LONG or self._operations < self._next_look:
-            self._next_look = self._operations - _CLOCK_EVERY
-            if time.monotonic() > self._deadline:
-                raise _LimitError("it takes too long")
+    def tick(self) -> None:
+        """Look at the clock; called at every step."""
+        if time.monotonic() > self._deadline:
+            raise _LimitError("it takes too long")
 
     def room(self, size: int) -> None:
         """Check that a value of this size may be built."""
-        if size > self.limit:
+        if size > self._most:
             raise _LimitError("it builds too large a value")
 
-    def built(self, text: str) -> str:
-        """Account for new text."""
-        self.room(len(text))
-        self.spend(len(text))
-        self._occupy(len(text))
-        return text
-
-    def _occupy(self, size: int) -> None:
-        self._chars -= size
-        if self._chars < 0:
-            raise _LimitError("it builds too much text")
-
-    def weigh(self, value: Any) -> int:
+    def weigh(self, value: Any, depth: int = 0) -> int:
         """Size of a value and all in it, repeated parts counted each time; fails if it is too large."""
         if isinstance(value, str):
-            return len(value)
+            return 1 + len(value)
         if not isinstance(value, (list, tuple, dict)):
             return 1
-        total, pending = 0, [value]
-        while pending:
-            item = pending.pop()
-            if isinstance(item, str):
-                total += 1 + len(item)
-            elif isinstance(item, (list, tuple)):
-                total += 1 + len(item)
-                pending.extend(item)
-            elif isinstance(item, dict):
-                total += 1 + len(item)
-                pending.extend(item)
-                pending.extend(item.values())
-            else:
-                total += 1
-            if total > self.limit:
-                raise _LimitError("it builds too large a value")
-        self.spend(total << 3)
+        if depth > _MAX_DEPTH:
+            raise _LimitError("it builds a value that is nested too deeply")
+        total = 1
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
+            total += self.weigh(item, depth + 1)
+            self.room(total)
         return total
 
-    def weighed(self, value: Any) -> Any:
-        """The value, once everything in it is counted."""
-        self.spend(self.weigh(value))
-        return value
-
-    def checked(self, value: Any) -> Any:
-        """A value that an operation produced, if it is within limits."""
+    def made(self, value: Any) -> Any:
+        """A value that the template made, if it is within limits."""
+        self.tick()
         if isinstance(value, str):
-            return self.built(value)
-        if isinstance(value, (list, tuple, dict)):
-            # A list takes memory for each item, not only for the characters in it.
-            self._occupy(8 * len(value) + self.weigh(value))
+            # A mark at the end marks nothing; before text of the template it would.
+            value = str.__str__(value.rstrip(self.marker) if self.marker else value)
+            self._occupy(len(value))
+        elif isinstance(value, (list, tuple, dict)):
+            self.weigh(value)
+            self._occupy(16 * len(value))
         elif isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
             raise _LimitError("it computes too large a number")
         return value
 
+    def _occupy(self, size: int) -> None:
+        self.room(size >> 4)
+        self._left -= size
+        if self._left < 0:
+            raise _LimitError("it builds too much text")
+
     def text(self, value: Any) -> str:
         """str(value); the only way a value becomes output."""
+        self.tick()
         if isinstance(value, str):
-            self.spend(len(value))
             return value
         if isinstance(value, (list, tuple, dict)):
-            self.spend(self.weigh(value))
-            return self.built(str(value))
-        return str(value)
+            self.weigh(value)
+            return str(self.made(str(value)))
+        if value is None or isinstance(value, (int, float, range, Undefined)):
+            return str(value)
+        raise _LimitError(f"it writes a value of type {type(value).__name__}")
+
+    def read(self, value: Any) -> Any:
+        """A value as templates should see it."""
+        self.tick()
+        return value.replace(self.marker, "") if self.marker and isinstance(value, str) else value
+
+    def characters(self, value: Any) -> Any:
+        """The characters of a text, each with the mark before it; other values unchanged."""
+        if not self.marker or not isinstance(value, str):
+            return value
+        return re.findall(f"{self.marker}*[^{self.marker}]", value)
+
+    def each(self, items: Any) -> Iterator[Any]:
+        """The items, with a look at the clock for each."""
+        for item in self.characters(items):
+            self.tick()
+            yield item
 
     # ---- hooks of Jinja ------------------------------------------------------------------------------------
 
     def concat(self, parts: Iterable[str]) -> str:
-        """Join what a macro or block wrote."""
-        return self.built("".join(self._counted_parts(parts)))
+        """Join what a template, macro or block wrote, piece by piece."""
+        return str(self.made("".join(self._within(parts))))
 
-    def _counted_parts(self, parts: Iterable[str]) -> Iterator[str]:
+    def _within(self, parts: Iterable[str]) -> Iterator[str]:
         total = 0
         for part in parts:
+            self.tick()
             total += len(part)
             self.room(total)
             yield part
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        self.spend()
+        self.tick()
+        if operator == "%" and isinstance(left, str):
+            return self._percent(left, right)
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-                    self.room(self.weigh(value) * max(times, 0))
-        elif operator == "+":
-            if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
-                self.room(len(left) + len(right))
-        elif operator == "%" and isinstance(left, str):
-            return self._percent(left, right)
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._room_for_power(left, right)
-        return self.checked(super().call_binop(context, operator, left, right))
-
-    def _room_for_power(self, base: int, exponent: int) -> None:
-        if abs(exponent) * max(base.bit_length(), 1) > 2 * _MAX_INT_BITS:
+                    self.room(self.weigh(value) * times)
+        elif (
+            operator == "**"
+            and isinstance(left, int)
+            and isinstance(right, int)
+            and abs(right) * max(left.bit_length(), 1) > 2 * _MAX_INT_BITS
+        ):
             raise _LimitError("it computes too large a number")
+        return self.made(super().call_binop(context, operator, left, right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        return self._member(obj, attribute, method_first=True)
+        self.tick()
+        if attribute.startswith("__"):
+            raise _LimitError(f"it reaches for {attribute[:40]!r}")
+        return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return self._member(obj, argument, method_first=False)
+        self.tick()
+        return super().getitem(self.characters(obj) if isinstance(argument, int) else obj, argument)
 
-    def _member(self, obj: Any, name: Any, method_first: bool) -> Any:
-        self.spend()
-        if method_first and (method := self._method(obj, name)) is not None:
-            return method
-        if isinstance(obj, (dict, list, tuple, str, range)):
-            try:
-                return obj[name]
-            except (TypeError, LookupError):
-                pass
-        elif isinstance(obj, _Namespace) and isinstance(name, str) and not name.startswith("_"):
-            try:
-                return getattr(obj, name)
-            except AttributeError:
-                pass
-        elif isinstance(obj, LoopContext) and name in _LOOP_VALUES:
-            return getattr(obj, name)
-        elif isinstance(obj, Undefined) and not str(name).startswith("_"):
-            return getattr(obj, str(name))
-        if not method_first and (method := self._method(obj, name)) is not None:
-            return method
-        return self.undefined(obj=obj, name=name)
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return isinstance(obj, _Namespace) or attr in _MEMBERS.get(type(obj), ())
 
-    def _method(self, obj: Any, name: Any) -> _Method | None:
-        """The method of a value that templates may call, None if there is none of this name."""
-        if isinstance(obj, str):
-            return self._str_method(obj, name)
-        if isinstance(obj, dict):
-            if name == "get":
-                return _Method(obj.get)
-            if name in ("items", "keys", "values"):
-                return _Method(lambda: self.checked(list(getattr(obj, name)())))
-        elif isinstance(obj, (list, tuple)) and name in ("count", "index"):
-            return _Method(lambda *args: (self.weigh(obj), self.weigh(args), getattr(obj, name)(*args))[-1])
-        elif isinstance(obj, LoopContext) and name in ("changed", "cycle"):
-            return _Method(getattr(obj, name))
-        return None
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        raise _LimitError(f"it reaches for {attribute[:40]!r} of a value of type {type(obj).__name__}")
 
-    def _str_method(self, obj: str, name: str) -> _Method | None:
-        if name == "replace":
-            return _Method(functools.partial(self._replace, obj))
-        if name == "join":
-            return _Method(functools.partial(self._join_method, obj))
-        if name == "format":
-            return _Method(functools.partial(self._format_method, obj))
-        if name in _PAD_STR_METHODS:
-            return _Method(functools.partial(self._pad, obj, name))
-        if name in _PLAIN_STR_METHODS | _BACKWARD_STR_METHODS | _STRIP_STR_METHODS:
-            return _Method(functools.partial(self._run_str_method, obj, name))
-        return None
+    def wrap_str_format(self, value: Any) -> None:
+        """Formatting is bounded in `call`."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.spend()
-        if isinstance(__obj, _Method):
-            return __obj.run(*args, **kwargs)
-        if isinstance(__obj, (Macro, LoopContext, Undefined)):
-            return __context.call(__obj, *args, **kwargs)
-        raise _LimitError(f"it calls a value of type {type(__obj).__name__}")
+        __self.tick()
+        if isinstance(__obj, BuiltinMethodType):
+            # Jinja adds these to calls inside of loops, for functions that want a context.
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            return __self._method(__obj.__self__, __obj.__name__, args, kwargs)
+        if isinstance(__obj, LoopContext):
+            args = tuple(map(__self.each, args))
+        return __context.call(__obj, *args, **kwargs)
 
-    # ---- methods of text -----------------------------------------------------------------------------------
+    # ---- methods of values ---------------------------------------------------------------------------------
 
-    def _run_str_method(self, obj: str, name: str, *args: Any, **kwargs: Any) -> Any:
-        longest = max((self.weigh(arg) for arg in args), default=0)
-        if name in _STRIP_STR_METHODS and longest > _MAX_STRIP_CHARS:
+    def _method(self, obj: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a method of one of `_MEMBERS`."""
+        if not isinstance(obj, str):
+            result = getattr(obj, name)(*args, **kwargs)
+            return self.made(list(result) if name in ("items", "keys", "values") else result)
+        if name == "replace":
+            return self._replace(obj, *args)
+        if name == "join":
+            return self._join(args[0], obj)
+        if name == "format":
+            return self._format(obj, args, kwargs)
+        if name in _TELLING:
+            obj, args = self.read(obj), tuple(map(self.read, args))
+        elif name in _PADDING and args:
+            self.room(args[0])
+        sign = args[0] if args and isinstance(args[0], str) else ""
+        # Some searches take time in proportion to the product of both lengths.
+        if (name in _STRIPPING or name.startswith("r")) and len(obj) * len(sign) > _MAX_SEARCH:
             raise _LimitError(f"it gives too long a text to {name}")
-        if name in _BACKWARD_STR_METHODS:
-            # Searching backwards takes time in proportion to the product of both lengths.
-            self.spend(len(obj) * max(longest, 1))
-        self.spend(len(obj) + longest)
-        return self.checked(getattr(obj, name)(*args, **kwargs))
+        if name in _CUTTING:
+            if self.marker and any(text.startswith(sign) and text != sign for text in self._controls if sign):
+                # The sign may be put back and then begin a special token, so what follows it is marked.
+                obj = obj.replace(self.marker + sign, sign + self.marker)
+            parts = getattr(obj, name)(*args, **kwargs)
+            return self.made(type(parts)(map(self.made, parts)))
+        return self.made(getattr(obj, name)(*args, **kwargs))
 
-    def _replace(self, obj: str, old: Any, new: Any, count: Any = -1) -> Any:
-        if isinstance(old, str) and isinstance(new, str) and isinstance(count, int):
-            times = obj.count(old) if count < 0 else min(obj.count(old), count)
-            self.room(len(obj) + times * len(new))
-        return self.checked(obj.replace(old, new, count))
+    def _replace(self, obj: str, old: str, new: str, count: int = -1) -> Any:
+        self.room(len(obj) + obj.count(old) * len(new))
+        return self.made(obj.replace(old, new, count))
 
-    def _join_method(self, obj: str, items: Any) -> str:
-        return self._join_texts(obj, [*self._each(items)])
-
-    def _join_texts(self, separator: str, items: list[Any]) -> str:
-        self.room(sum(map(len, items)) + len(separator) * max(len(items) - 1, 0))
-        return self.built(separator.join(items))
-
-    def _pad(self, obj: str, name: str, width: Any, *fill: Any) -> Any:
-        if isinstance(width, int):
-            self.room(width)
-        return self.checked(getattr(obj, name)(width, *fill))
-
-    def _format_method(self, obj: str, *args: Any, **kwargs: Any) -> str:
-        self._room_for_fields(obj, "{", (args, kwargs))
-        return self.built(self._formatter.vformat(obj, args, kwargs))
-
-    def _percent(self, left: str, right: Any) -> Any:
-        self._room_for_fields(left, "%", right)
-        for sizes in _PERCENT_SIZES.findall(left):
-            if "*" in sizes or any(int(size[:9]) > _MAX_WIDTH for size in sizes if size):
-                raise _LimitError("it formats with too large a width")
-        return self.checked(left % right)
+    def _join(self, items: Any, separator: Any = "", attribute: Any = None) -> Any:
+        if attribute is not None:
+            items = map(filters.make_attrgetter(self, attribute), items)
+        texts = [self.text(item) for item in self.each(items)]
+        self.room(sum(map(len, texts)) + len(separator) * len(texts))
+        return self.made(separator.join(texts))
 
     def _room_for_fields(self, pattern: str, sign: str, values: Any) -> None:
         """Check that every field of a format could take the size of all values."""
-        fields = pattern.count(sign)
-        if len(pattern) > _MAX_FORMAT:
-            raise _LimitError("it formats with too long a pattern")
-        self.room(len(pattern) + fields * (self.weigh(values) + _MAX_WIDTH))
-        self.spend(len(pattern))
+        self.room(len(pattern) + pattern.count(sign) * (self.weigh(values) + _MAX_WIDTH))
+
+    def _format(self, pattern: str, args: Any, kwargs: Any) -> Any:
+        self._room_for_fields(pattern, "{", (args, kwargs))
+        return self.made(self._formatter.vformat(pattern, args, kwargs))
+
+    def _percent(self, pattern: str, values: Any) -> Any:
+        self._room_for_fields(pattern, "%", values)
+        if _WIDE_PERCENT.search(pattern):
+            raise _LimitError("it formats with too large a width")
+        return self.made(pattern % values)
 
     # ---- globals -------------------------------------------------------------------------------------------
 
@@ -453,8 +389,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise _LimitError(f"it counts over a range of more than {_MAX_RANGE}")
         return numbers
 
-    def _dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.checked(dict(*args, **kwargs))
+    def _namespace(self, *args: Any, **kwargs: Any) -> _Namespace:
+        self._occupy(_MAX_WIDTH)
+        return _Namespace(*args, **kwargs)
 
     def _raise_exception(self, message: Any = "") -> None:
         raise _Refusal(self.text(message))
@@ -466,113 +403,77 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # ---- filters and tests ---------------------------------------------------------------------------------
 
-    def _counted(
-        self, function: Callable[..., Any], count: Callable[[Any], Any] | None = None
-    ) -> Callable[..., Any]:
-        """The same filter or test, with its arguments counted and its result checked."""
-        count = count or self.guard
-
+    def _test(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.spend()
-            for value in (*args, *kwargs.values()):
-                count(value)
-            return self.checked(function(*args, **kwargs))
+        def run(*args: Any) -> Any:
+            return function(*map(self.read, args))
 
         return run
 
-    def guard(self, value: Any) -> Any:
-        """Count the reading of a value."""
-        if isinstance(value, (str, list, tuple, dict)):
-            self.spend(len(value))
-        else:
-            self.spend()
-        return value
+    def _filter(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.tick()
+            result = function(*args, **kwargs)
+            return self.each(result) if isinstance(result, Iterator) else self.made(result)
 
-    def _each(self, items: Any) -> Iterator[Any]:
-        for item in items:
-            self.spend()
-            yield item
+        return run
 
-    def _make_filters(self) -> dict[str, Callable[..., Any]]:
+    def _own_filters(self) -> dict[str, Callable[..., Any]]:
         """All filters that exist, with Jinja's meaning except that `tojson` is Hugging Face's."""
-        text = self.text
-        plain = jinja_filters.FILTERS
-        counted = {
-            name: self._counted(plain[name])
-            for name in (
-                *("abs", "capitalize", "d", "default", "e", "escape", "first", "float", "forceescape"),
-                *("last", "lower", "safe", "title", "truncate", "upper", "wordcount"),
-            )
-        }
-        counted |= {name: self._counted(plain[name], self.weighed) for name in _DEEP_FILTERS}
-        counted["int"] = self._counted(self._int)
+        text, plain = self.text, filters.FILTERS
         return {
-            **counted,
-            # These call other filters, tests and item access, which are counted themselves.
-            **{name: plain[name] for name in ("map", "reject", "rejectattr", "select", "selectattr")},
-            "attr": lambda obj, name: self.getattr(obj, str(name)),
-            "center": lambda value, width=80: self._pad(text(value), "center", width),
-            "count": self._length,
+            **{name: plain[name] for name in _PLAIN_FILTERS},
+            "center": lambda value, width=80: self._method(text(value), "center", (width,), {}),
+            "count": lambda value: len(self.read(value)),
+            "first": lambda value: filters.do_first(self, self.characters(value)),
             "format": lambda value, *args, **kwargs: self._percent(text(value), kwargs or args),
             "indent": self._indent,
-            "items": lambda value: [] if isinstance(value, Undefined) else self.checked(list(value.items())),
-            "join": self._join,
-            "length": self._length,
-            "list": lambda value: self.checked([*self._each(value)]),
+            "join": lambda value, d="", attribute=None: self._join(value, text(d), attribute),
+            "last": lambda value: filters.do_last(self, self.characters(value)),
+            "length": lambda value: len(self.read(value)),
+            "list": lambda value: list(self.each(value)),
             "replace": lambda value, old, new, count=None: self._replace(
                 text(value), text(old), text(new), -1 if count is None else count
             ),
-            "reverse": self._reverse,
+            "reverse": lambda value: (
+                "".join(reversed(self.characters(value)))
+                if isinstance(value, str)
+                else filters.do_reverse(value)
+            ),
             "round": self._round,
             "string": text,
             "sum": self._sum,
             "tojson": self._tojson,
-            "trim": lambda value, chars=None: self._run_str_method(text(value), "strip", chars),
-            "urlencode": lambda value: self.checked(plain["urlencode"](text(value).replace(self.marker, ""))),
-            "gm-concat": lambda parts: self._join_texts("", [text(part) for part in parts]),
-            "gm-guard": self.guard,
-            "gm-sized": self.checked,
-            "gm-tick": lambda _: self.spend(),
-            "gm-weigh": self.weighed,
+            "trim": lambda value, chars=None: self._method(text(value), "strip", (chars,), {}),
+            "urlencode": lambda value: plain["urlencode"](self.read(text(value))),
+            "gm-concat": self._join,
+            "gm-each": self.each,
+            "gm-made": self.made,
+            "gm-read": self.read,
+            "gm-slice": self._slice,
         }
 
-    def _length(self, value: Any) -> int:
-        # Markers are no part of the text.
-        return len(value) - (value.count(self.marker) if self.marker and isinstance(value, str) else 0)
-
-    def _int(self, value: Any, default: int = 0, base: int = 10) -> Any:
-        if isinstance(value, str) and len(value) > _MAX_INT_BITS:
-            return default
-        return jinja_filters.do_int(value, default, base)
+    def _slice(self, value: Any, *ends: Any) -> Any:
+        cut = self.characters(value)[slice(*ends)]
+        return "".join(cut) if isinstance(value, str) else cut
 
     def _indent(self, value: Any, width: Any = 4, first: bool = False, blank: bool = False) -> Any:
         value = self.text(value)
         step = len(width) if isinstance(width, str) else width
-        self.room(len(value) + step * (value.count("\n") + 1 + value.count("\r")))
-        return self.checked(jinja_filters.do_indent(value, width, first, blank))
-
-    def _join(self, value: Any, d: Any = "", attribute: Any = None) -> str:
-        if attribute is not None:
-            value = map(jinja_filters.make_attrgetter(self, attribute), value)
-        return self._join_texts(self.text(d), [self.text(item) for item in self._each(value)])
-
-    def _reverse(self, value: Any) -> Any:
-        return self.checked(value[::-1] if isinstance(value, str) else [*self._each(value)][::-1])
+        self.room(len(value) + step * (len(value.splitlines()) + 1))
+        return filters.do_indent(value, width, first, blank)
 
     def _round(self, value: Any, precision: Any = 0, method: Any = "common") -> Any:
         if not isinstance(precision, int) or abs(precision) > 30:
             raise _LimitError("it rounds to too many digits")
-        return jinja_filters.do_round(value, precision, method)
+        return filters.do_round(value, precision, method)
 
     def _sum(self, value: Any, attribute: Any = None, start: Any = 0) -> Any:
         if attribute is not None:
-            value = map(jinja_filters.make_attrgetter(self, attribute), value)
-        if isinstance(start, str):
-            raise _LimitError("it adds texts with 'sum'")
-        for item in self._each(value):
-            self.room(self.weigh(start) + self.weigh(item))
-            start = self.checked(start + item)
+            value = map(filters.make_attrgetter(self, attribute), value)
+        for item in self.each(value):
+            start = self.made(start + item)
         return start
 
     def _tojson(
@@ -586,12 +487,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         for size in (indent, *(separators or ())):
             if (len(size) if isinstance(size, str) else size or 0) > 32:
                 raise _LimitError("it writes JSON with too much space")
-        self.spend(self.weigh(value))
+        self.weigh(value)
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
         # Piece by piece, since indentation multiplies the size.
-        result = self.built("".join(self._counted_parts(encoder.iterencode(value))))
+        result = "".join(self._within(encoder.iterencode(value)))
         if ensure_ascii and self.marker:
             result = result.replace(json.dumps(self.marker)[1:-1], self.marker)
         return result
@@ -600,9 +501,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 class Sandbox:
     """One compiled template. Not safe for use from several threads at once."""
 
-    def __init__(self, source: str) -> None:
-        """Raises TemplateError if the source is not valid Jinja or uses what does not exist here."""
-        self._environment = _Environment()
+    def __init__(self, source: str, controls: frozenset[str] = frozenset()) -> None:
+        """controls: the texts that marks keep apart. Raises TemplateError if the source is not valid Jinja or
+        uses what does not exist here."""
+        self._environment = _Environment(controls)
         try:
             tree = _Instrument().visit(self._environment.parse(source))
             tree.set_environment(self._environment)
@@ -611,32 +513,33 @@ class Sandbox:
             message = f"the chat template is not valid, line {error.lineno}: {_one_line(error.message)}"
             raise TemplateError(message) from None
         except _LimitError as error:
-            raise TemplateError(f"the chat template is refused: {error}") from None
+            raise TemplateError(f"the chat template is refused: {_one_line(error)}") from None
         except (Exception, RecursionError, MemoryError) as error:
             # Python's own limits on nesting and on numbers show only when the generated code is compiled.
             raise TemplateError(f"the chat template cannot be compiled: {_describe(error)}") from None
 
-    def render(self, values: Mapping[str, Any], limits: TemplateLimits, input_chars: int, marker: str) -> str:
+    def render(self, values: Mapping[str, Any], limits: TemplateLimits, input_size: int, marker: str) -> str:
         """The text of the template for these values, all of plain JSON types. Raises TemplateError.
 
-        input_chars is the size of the values; marker, if not "", is the character whose spelling must
-        survive.
+        input_size is the size of the values, in characters and items; marker, if not "", is the character
+        whose places must survive.
         """
         environment = self._environment
-        environment.start(limits, input_chars, marker)
+        environment.start(limits, input_size, marker)
         try:
             context = self._template.new_context(dict(values))
             return environment.concat(self._template.root_render_func(context))
         except _Refusal as error:
             raise TemplateError(f"the chat template refuses the messages: {_one_line(error)}") from None
         except _LimitError as error:
-            raise TemplateError(f"the chat template is stopped: {error}") from None
+            raise TemplateError(f"the chat template is stopped: {_one_line(error)}") from None
         except (Exception, RecursionError, MemoryError) as error:
             raise TemplateError(f"the chat template fails: {_describe(error)}") from None
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _describe(error: BaseException) -> str:

@@ -1,10 +1,9 @@
 """Chat templates: from messages to the text a model was trained on, safely.
 
 A template is a program written by whoever published the model, so it runs in a closed world. Only the
-attributes, methods, filters and operations listed here exist; every value it builds has a bounded size; every
-loop pass, call, comparison and filter is counted against a budget of operations and time. No single step can
-take long, because its inputs are bounded, and nothing repeats without being counted, so a hostile template
-ends with an error.
+attributes, methods, filters and operations listed there exist; every value it builds has a bounded size; no
+single step can take long, because its inputs are bounded, and nothing repeats without a look at the clock, so
+a hostile template ends with an error.
 
 Behaviour otherwise follows Hugging Face's templates: Jinja with trim_blocks and lstrip_blocks, loop controls,
 the `generation` tag, `raise_exception`, `strftime_now`, and `tojson` without HTML escapes.
@@ -45,14 +44,13 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 class TemplateLimits:
     """What a chat template may use.
 
-    source_chars: length of the template. operations: steps of one rendering. seconds: time of one rendering.
-    input_chars, input_values: size of the messages. extra_chars, input_factor: a rendering and each value in
-    it may have extra_chars + input_factor x (characters of the messages) characters. total_factor: all text
-    built on the way, as a multiple of that.
+    source_chars: length of the template. seconds: time of one rendering. input_chars, input_values: size of
+    the messages. extra_chars, input_factor: a rendering and each value in it may have extra_chars +
+    input_factor x (characters and values in the messages) characters. total_factor: all text built on the
+    way, as a multiple of that.
     """
 
-    source_chars: int = 1 << 17
-    operations: int = 5_000_000
+    source_chars: int = 1 << 16
     seconds: float = 2.0
     input_chars: int = 1 << 26
     input_values: int = 1_000_000
@@ -220,11 +218,12 @@ class ChatTemplate:
             raise TemplateError(f"the chat template has {len(source)} characters; the limit is {most}")
         self.source = source
         self._variables = dict(variables or {})
-        self._starts = _token_starts(frozenset(control_texts))
+        controls = frozenset(control_texts)
+        self._starts = _token_starts(controls)
         self._lock = threading.Lock()
         from gristmill.io._template_sandbox import Sandbox
 
-        self._sandbox: Sandbox = Sandbox(source)
+        self._sandbox: Sandbox = Sandbox(source, controls)
 
     def render(
         self,
@@ -266,5 +265,5 @@ class ChatTemplate:
             "add_generation_prompt": bool(add_generation_prompt),
         }
         with self._lock:
-            marked = self._sandbox.render(values, self.limits, source.chars, marker)
+            marked = self._sandbox.render(values, self.limits, source.chars + source.values, marker)
         return RenderedPrompt(marked, marker)
