@@ -223,6 +223,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             # A mark at the end marks nothing; before text of the template it would.
             value = str.__str__(value.rstrip(self.marker) if self.marker else value)
+            self.room(len(value))
             self._occupy(len(value))
         elif isinstance(value, (list, tuple, dict)):
             self.weigh(value)
@@ -232,7 +233,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
     def _occupy(self, size: int) -> None:
-        self.room(size >> 4)
         self._left -= size
         if self._left < 0:
             raise _LimitError("it builds too much text")
@@ -308,7 +308,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getitem(self.characters(obj) if isinstance(argument, int) else obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return isinstance(obj, _Namespace) or attr in _MEMBERS.get(type(obj), ())
+        if isinstance(obj, _Namespace):
+            return not attr.startswith("_")
+        return attr in _MEMBERS.get(type(obj), ())
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise _LimitError(f"it reaches for {attribute[:40]!r} of a value of type {type(obj).__name__}")
