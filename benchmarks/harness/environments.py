@@ -72,7 +72,8 @@ def ensure(name: str, say: Say) -> Path:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, **environment.variables}
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    # The lists are whole: what a package asks for beyond them (optimum-intel a torchvision) may not fit the rest.
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
     commands = [
         [sys.executable, "-m", "venv", str(folder)],
         [*pip, "--no-cache-dir"] if environment.variables else pip,
