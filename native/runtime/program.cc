@@ -13,6 +13,9 @@ namespace {
 // Values of a row set that every thread computes for itself rather than wait for the others.
 constexpr int64_t kPrivateValues = 8192;
 
+// Rows of a gate and its partner that are computed before they are combined: a tile of 8 and five of 12.
+constexpr int64_t kGateRows = 68;
+
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Range {
@@ -398,8 +401,11 @@ void Program::run_node(const Node& node, int thread) {
 
 void Program::run_linears(const Node& node, int thread) {
   const int threads = pool_->threads();
-  char* scratch = scratch_.data() + thread * scratch_bytes_;
-  // All terms' blocks in one line, cut evenly by bytes; gate and up are cut alike, so that a thread has both.
+  if (node.gate) {
+    run_gate(node, thread);
+    return;
+  }
+  // All terms' blocks in one line, cut evenly by bytes.
   int64_t total = 0;
   for (const LinearTerm& t : node.terms) {
     const Weight& w = weights_[static_cast<size_t>(t.weight)];
@@ -409,50 +415,66 @@ void Program::run_linears(const Node& node, int thread) {
   int64_t before = 0;
   for (const LinearTerm& t : node.terms) {
     const Weight& w = weights_[static_cast<size_t>(t.weight)];
-    Range blocks;
-    if (node.gate) {
-      blocks = split(w.blocks(), thread, threads);
-    } else {
-      auto cut = [&](int64_t at) {
-        return std::clamp<int64_t>((at - before + w.kp - 1) / std::max<int64_t>(1, w.kp), 0, w.blocks());
-      };
-      blocks = {mine.begin <= before ? 0 : cut(mine.begin), mine.end <= before ? 0 : cut(mine.end)};
-    }
+    auto cut = [&](int64_t at) {
+      return std::clamp<int64_t>((at - before + w.kp - 1) / std::max<int64_t>(1, w.kp), 0, w.blocks());
+    };
+    const Range blocks = {mine.begin <= before ? 0 : cut(mine.begin), mine.end <= before ? 0 : cut(mine.end)};
     before += w.blocks() * w.kp;
-    if (blocks.begin >= blocks.end) continue;
-    const Buffer& to = buffers_[static_cast<size_t>(t.output)];
-    const Buffer& from = buffers_[static_cast<size_t>(t.input)];
-    LinearOut out;
-    out.out = f32(t.output, thread);
-    out.ld = to.spec.padded;
-    out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
-    out.accumulate = t.accumulate;
-    const int64_t rows = rows_of(to);
-    switch (from.spec.encoding) {
-      case Encoding::kInt8:
-        kernels_->linear_int8(w, int8(from, thread), rows, blocks.begin, blocks.end, out, scratch);
-        break;
-      case Encoding::kBf16:
-        kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)), from.spec.padded, rows,
-                              blocks.begin, blocks.end, out, scratch);
-        break;
-      case Encoding::kF32:
-        kernels_->linear_f32(w, f32(t.input, thread), from.spec.padded, rows, blocks.begin, blocks.end, out,
-                             scratch);
-        break;
-    }
+    const int64_t rows = rows_of(buffers_[static_cast<size_t>(t.output)]);
+    if (blocks.begin < blocks.end) run_linear(t, blocks.begin, blocks.end, 0, rows, thread);
   }
-  if (node.gate) {
-    const LinearTerm& gate = node.terms[0];
-    const Weight& w = weights_[static_cast<size_t>(gate.weight)];
-    const Range blocks = split(w.blocks(), thread, threads);
-    const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
-    if (begin < end) {
-      const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
-      float* g = f32(gate.output, thread) + begin;
-      kernels_->gated(g, f32(node.terms[1].output, thread) + begin, g, to.spec.padded, rows_of(to),
-                      end - begin, node.activation);
+}
+
+// Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
+// cache when they are combined. Arithmetics that decode the weights first take all rows at once.
+void Program::run_gate(const Node& node, int thread) {
+  const LinearTerm &gate = node.terms[0], &up = node.terms[1];
+  const Weight& w = weights_[static_cast<size_t>(gate.weight)];
+  const Range blocks = split(w.blocks(), thread, pool_->threads());
+  const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
+  if (begin >= end) return;
+  const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
+  const bool int8_rows = buffers_[static_cast<size_t>(gate.input)].spec.encoding == Encoding::kInt8;
+  const int64_t rows = rows_of(to), panel = int8_rows ? kGateRows : std::max<int64_t>(1, rows);
+  for (int64_t row = 0; row < rows; row += panel) {
+    const int64_t count = std::min(panel, rows - row);
+    run_linear(gate, blocks.begin, blocks.end, row, count, thread);
+    run_linear(up, blocks.begin, blocks.end, row, count, thread);
+    float* g = f32(gate.output, thread) + row * to.spec.padded + begin;
+    const float* u = f32(up.output, thread) + row * to.spec.padded + begin;
+    kernels_->gated(g, u, g, to.spec.padded, count, end - begin, node.activation);
+  }
+}
+
+void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row,
+                         int64_t rows, int thread) {
+  char* scratch = scratch_.data() + thread * scratch_bytes_;
+  const Weight& w = weights_[static_cast<size_t>(t.weight)];
+  const Buffer& to = buffers_[static_cast<size_t>(t.output)];
+  const Buffer& from = buffers_[static_cast<size_t>(t.input)];
+  const int64_t ldx = from.spec.padded;
+  LinearOut out;
+  out.ld = to.spec.padded;
+  out.out = f32(t.output, thread) + row * out.ld;
+  out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
+  out.accumulate = t.accumulate;
+  switch (from.spec.encoding) {
+    case Encoding::kInt8: {
+      Int8Rows x = int8(from, thread);
+      x.q += row * x.kp;
+      x.scale += row * x.groups;
+      x.sum += row * x.groups;
+      kernels_->linear_int8(w, x, rows, block_begin, block_end, out, scratch);
+      return;
     }
+    case Encoding::kBf16:
+      kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)) + row * ldx, ldx, rows,
+                            block_begin, block_end, out, scratch);
+      return;
+    case Encoding::kF32:
+      kernels_->linear_f32(w, f32(t.input, thread) + row * ldx, ldx, rows, block_begin, block_end, out,
+                           scratch);
+      return;
   }
 }
 

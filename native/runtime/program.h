@@ -128,6 +128,9 @@ class Program {
   void run_thread(int thread);
   void run_node(const Node& node, int thread);
   void run_linears(const Node& node, int thread);
+  void run_gate(const Node& node, int thread);
+  void run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row, int64_t rows,
+                  int thread);
   void run_attention(const Node& node, int thread);
 
   const KernelTable* kernels_;

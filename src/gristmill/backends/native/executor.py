@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("exact", "bf16", "fast")
 KV_DTYPES = ("f32", "bf16")
-MAX_STEP_TOKENS = 512
+MAX_STEP_TOKENS = 256
 _NO_CANCEL = np.zeros(0, np.int32)
 
 
