@@ -72,7 +72,7 @@ def ensure(name: str, say: Say) -> Path:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, **environment.variables}
-    # The lists are whole: what a package asks for beyond them (optimum-intel a torchvision) may not fit the rest.
+    # The lists are whole: what a package asks for beyond them (optimum-intel a torchvision) may not fit.
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
     commands = [
         [sys.executable, "-m", "venv", str(folder)],

@@ -113,7 +113,7 @@ void bind_program(nb::module_& m) {
       .value("BF16", gm::Encoding::kBf16)
       .value("INT8", gm::Encoding::kInt8);
 
-  using Term = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+  using Term = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t>;
   nb::class_<gm::Program>(m, "Program")
       .def(
           "__init__",
@@ -212,15 +212,16 @@ void bind_program(nb::module_& m) {
           "name"_a, "in_"_a, "out"_a, "out += in")
       .def(
           "add_encode",
-          [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
+          [](gm::Program& p, const std::string& name, int64_t in, int64_t out, int phase) {
             gm::Node n;
             n.op = gm::Op::kEncode;
             n.name = name;
             n.in = {in};
             n.out = {out};
+            n.phase = static_cast<gm::Phase>(phase);
             p.add_node(n);
           },
-          "name"_a, "in_"_a, "out"_a)
+          "name"_a, "in_"_a, "out"_a, "phase"_a, "phase: -1 all rows, 0 those of prompts, 1 generated ones.")
       .def(
           "add_linears",
           [](gm::Program& p, const std::string& name, const std::vector<Term>& terms, int gate) {
@@ -229,7 +230,8 @@ void bind_program(nb::module_& m) {
             n.name = name;
             for (const Term& t : terms) {
               gm::LinearTerm term;
-              std::tie(term.weight, term.input, term.output, term.bias, term.accumulate) = t;
+              std::tie(term.weight, term.input, term.output, term.bias, term.accumulate, term.prompt_input) =
+                  t;
               n.terms.push_back(term);
             }
             n.gate = gate >= 0;
@@ -237,8 +239,9 @@ void bind_program(nb::module_& m) {
             p.add_node(n);
           },
           "name"_a, "terms"_a, "gate"_a,
-          "Terms (weight, input, output, bias or -1, accumulate); gate: -1, or 0 silu, 1 tanh-gelu of terms "
-          "0 and 1.")
+          "Terms (weight, input, output, bias or -1, accumulate, input of prompts or -1); gate: -1, or 0 "
+          "silu, "
+          "1 tanh-gelu of terms 0 and 1.")
       .def(
           "add_attention",
           [](gm::Program& p, const std::string& name, int64_t layer, int64_t q, int64_t k, int64_t v,
@@ -292,11 +295,14 @@ void bind_program(nb::module_& m) {
           "capacity"_a, nb::rv_policy::take_ownership)
       .def(
           "run",
-          [](gm::Program& p, Array<int32_t> tokens, const std::vector<gm::KvView*>& views,
-             const std::vector<int64_t>& lengths, Array<int32_t> logit_rows,
-             nb::ndarray<float, nb::c_contig, nb::device::cpu> logits, Array<int32_t> cancel) {
+          [](gm::Program& p, Array<int32_t> tokens, Array<uint8_t> phases,
+             const std::vector<gm::KvView*>& views, const std::vector<int64_t>& lengths,
+             Array<int32_t> logit_rows, nb::ndarray<float, nb::c_contig, nb::device::cpu> logits,
+             Array<int32_t> cancel) {
             gm::StepInput in;
             in.tokens = tokens.data();
+            if (phases.size() != tokens.size()) throw std::invalid_argument("one phase per token is needed");
+            in.phases = phases.data();
             in.token_count = static_cast<int64_t>(tokens.size());
             in.views = views;
             in.lengths = lengths;
@@ -310,8 +316,8 @@ void bind_program(nb::module_& m) {
             nb::gil_scoped_release release;
             return p.run(in);
           },
-          nb::arg("tokens").noconvert(), "views"_a, "lengths"_a, nb::arg("logit_rows").noconvert(),
-          nb::arg("logits").noconvert(), nb::arg("cancel").noconvert(),
+          nb::arg("tokens").noconvert(), nb::arg("phases").noconvert(), "views"_a, "lengths"_a,
+          nb::arg("logit_rows").noconvert(), nb::arg("logits").noconvert(), nb::arg("cancel").noconvert(),
           "One step; false if cancelled. The GIL is released.")
       .def("set_profiling", &gm::Program::set_profiling, "on"_a)
       .def("profile",
@@ -320,5 +326,6 @@ void bind_program(nb::module_& m) {
              for (const gm::NodeTime& t : p.profile()) out.emplace_back(t.name, t.seconds);
              return out;
            })
+      .def_prop_ro("prompts_in_bf16", [](const gm::Program& p) { return p.kernels()->prompts_in_bf16; })
       .def_prop_ro("level", [](const gm::Program& p) { return p.kernels()->level; });
 }

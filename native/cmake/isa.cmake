@@ -49,7 +49,7 @@ function(gm_kernels level)
   endif()
   add_library(gm_kernels_${level} OBJECT ${sources})
   target_compile_options(gm_kernels_${level} PRIVATE
-    ${GM_FLAGS_${level}} -O3 -ffp-contract=off -fno-lto -fno-exceptions -fno-rtti -Wall -Wextra -Werror
+    ${GM_FLAGS_${level}} -O3 -U_FORTIFY_SOURCE -ffp-contract=off -fno-lto -fno-exceptions -fno-rtti -Wall -Wextra -Werror
     -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
   target_compile_definitions(gm_kernels_${level} PRIVATE GM_LEVEL=${level} GM_LEVEL_${level}=1
                              ${GM_DEFINES_${level}})

@@ -281,6 +281,175 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   }
 }
 
+// ---- bf16 -------------------------------------------------------------------------------------------------
+//
+// Weights of any storage times bf16 rows. The order of sums is that of TDPBF16PS at every number of rows: 32
+// columns at a time, a chain of fused steps over the even columns from zero, one over the odd ones, the two
+// added, and their sum to the output; steps ascending. Columns past the last are zero. So the bits are not
+// those of the other levels, whose single chain the tiles cannot follow.
+//
+// Two blocks are decoded to a strip of [step][16 pairs][16 outputs][2], which is a block's own order: bf16
+// weights are loaded where they lie. 32 x 32 outputs stay in tiles 0-3 over all columns.
+
+// Rounds to nearest even; denormals become zero, as which the tiles read them anyway.
+inline __m512i bf16_pair(vf even, vf odd) {
+  // Lanes 0 to 15 are the even columns, 16 to 31 the odd ones.
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both);
+}
+
+template <bool kInt4, bool kMins>
+void integers_to_bf16(const Weight& w, int64_t block, uint16_t* strip) {
+  constexpr int64_t kWord = kInt4 ? 8 : 4;
+  const uint8_t* codes = static_cast<const uint8_t*>(w.values) + block * w.kp * (kInt4 ? 8 : 16);
+  const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
+  const char* scales = static_cast<const char*>(w.scales) + block * scale_bytes;
+  const char* mins = kMins ? static_cast<const char*>(w.mins) + block * scale_bytes : nullptr;
+  const vi mask = vi_set1(kInt4 ? 15 : 255), offset = vi_set1(-w.offset);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const vf scale = load_scale(scales, g, w.wide_scales);
+    const vf low = kMins ? load_scale(mins, g, w.wide_scales) : vf_zero();
+    const auto value = [&](vi bits) {
+      const vf x = scale * vi_float((bits & mask) + offset);
+      return kMins ? x + low : x;
+    };
+    // A lane's 32 bits are four columns, or twice four nibbles.
+    for (int64_t c = 0; c < columns_of(w, g); c += kWord, codes += 64, strip += kWord * 16) {
+      const vi word = vi_load(reinterpret_cast<const int32_t*>(codes));
+      _mm512_storeu_si512(strip, bf16_pair(value(word), value(vi_shr<8>(word))));
+      _mm512_storeu_si512(strip + 32, bf16_pair(value(vi_shr<16>(word)), value(vi_shr<24>(word))));
+      if constexpr (kInt4) {
+        _mm512_storeu_si512(strip + 64, bf16_pair(value(vi_shr<4>(word)), value(vi_shr<12>(word))));
+        _mm512_storeu_si512(strip + 96, bf16_pair(value(vi_shr<20>(word)), value(vi_shr<28>(word))));
+      }
+    }
+  }
+}
+
+// A block's columns as bf16, and zeros up to whole steps; or where they lie, if that is what they are.
+const uint16_t* to_bf16(const Weight& w, int64_t steps, int64_t block, uint16_t* strip) {
+  const int64_t kp = w.kp;
+  const uint16_t* halves = static_cast<const uint16_t*>(w.values) + block * kp * 16;
+  if (w.storage == Storage::kBf16 && kp % 32 == 0) return halves;
+  memset(strip + kp * 16, 0, static_cast<size_t>(steps * 32 - kp) * 32);
+  switch (w.storage) {
+    case Storage::kBf16:
+      memcpy(strip, halves, static_cast<size_t>(kp) * 32);
+      break;
+    case Storage::kF16:
+      for (int64_t c = 0; c < kp; c += 2) {
+        const vh pair = vh_load(halves + c * 16);
+        _mm512_storeu_si512(strip + c * 16, bf16_pair(vh_even_f16(pair), vh_odd_f16(pair)));
+      }
+      break;
+    case Storage::kF32: {
+      const float* from = static_cast<const float*>(w.values) + block * kp * 16;
+      for (int64_t c = 0; c < kp; c += 2) {
+        const vf odd = c + 1 < kp ? vf_load(from + (c + 1) * 16) : vf_zero();
+        _mm512_storeu_si512(strip + c * 16, bf16_pair(vf_load(from + c * 16), odd));
+      }
+      break;
+    }
+    case Storage::kInt4:
+      w.mins ? integers_to_bf16<true, true>(w, block, strip) : integers_to_bf16<true, false>(w, block, strip);
+      break;
+    case Storage::kInt8:
+      w.mins ? integers_to_bf16<false, true>(w, block, strip)
+             : integers_to_bf16<false, false>(w, block, strip);
+      break;
+  }
+  return strip;
+}
+
+// y: [2 tiles][2 blocks][16 rows][16 lanes]. kAhead: fetch weights that are read once, from memory.
+template <int kTiles, int kBlocks, bool kAhead>
+void compute_bf16(Tiles& tiles, const uint16_t* const* a, const uint16_t* const* b, int64_t steps, float* y) {
+  tiles.template zero<0>();
+  if constexpr (kBlocks == 2) tiles.template zero<1>();
+  if constexpr (kTiles == 2) tiles.template zero<2>();
+  if constexpr (kTiles == 2 && kBlocks == 2) tiles.template zero<3>();
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t at = i * 512;
+    if constexpr (kAhead) {
+      for (int64_t line = 0; line < 512; line += 32) {
+        for (int j = 0; j < kBlocks; ++j) prefetch(b[j] + at + line + 2048);
+      }
+    }
+    tiles.template load<4>(a[0] + at, 64);
+    tiles.template load<6>(b[0] + at, 64);
+    tiles.template dot_bf16<0, 4, 6>();
+    if constexpr (kBlocks == 2) {
+      tiles.template load<7>(b[1] + at, 64);
+      tiles.template dot_bf16<1, 4, 7>();
+    }
+    if constexpr (kTiles == 2) {
+      tiles.template load<5>(a[1] + at, 64);
+      tiles.template dot_bf16<2, 5, 6>();
+    }
+    if constexpr (kTiles == 2 && kBlocks == 2) tiles.template dot_bf16<3, 5, 7>();
+  }
+  tiles.template store<0>(y, 64);
+  if constexpr (kBlocks == 2) tiles.template store<1>(y + 256, 64);
+  if constexpr (kTiles == 2) tiles.template store<2>(y + 512, 64);
+  if constexpr (kTiles == 2 && kBlocks == 2) tiles.template store<3>(y + 768, 64);
+}
+
+using ComputeBf16 = void (*)(Tiles&, const uint16_t* const*, const uint16_t* const*, int64_t, float*);
+
+ComputeBf16 pick_bf16(int tiles, int blocks, bool ahead) {
+  if (ahead) return blocks == 2 ? compute_bf16<1, 2, true> : compute_bf16<1, 1, true>;
+  if (tiles == 2) return blocks == 2 ? compute_bf16<2, 2, false> : compute_bf16<2, 1, false>;
+  return blocks == 2 ? compute_bf16<1, 2, false> : compute_bf16<1, 1, false>;
+}
+
+void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
+                 int64_t block_end, const LinearOut& out, void* scratch) {
+  if (rows == 0) return;
+  const AmxBf16Shape s(w);
+  const int64_t panel = s.panel(rows), tile = s.steps * 512;  // values of 16 rows, or of a block
+  auto* strips = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
+  uint16_t* packed = strips + 2 * tile;
+  alignas(64) float y[4 * 256];
+
+  // Fewer rows than a tile has make smaller tiles; of many, the last are filled with zeros.
+  const int64_t high = rows < 16 ? rows : 16;
+  TileConfig config;
+  for (int t = 0; t < 6; ++t) config.shape(t, high, 64);
+  for (int t = 6; t < 8; ++t) config.shape(t, 16, 64);
+  Tiles tiles(config);
+
+  for (int64_t p = 0; p < rows; p += panel) {
+    const int64_t height = rows - p < panel ? rows - p : panel;
+    const int64_t count = (height + 15) / 16;
+    // [tile][step][row][32]; x ends at an even column at least, the weights' padding meets zeros there.
+    for (int64_t r = 0; r < count * high; ++r) {
+      uint16_t* to = packed + r / high * tile + r % high * 32;
+      for (int64_t i = 0; i < s.steps; ++i) {
+        const __mmask64 there = r < height ? first_bytes((w.k + 1) / 2 * 4 - i * 64) : 0;
+        _mm512_storeu_si512(to + i * 512, there ? _mm512_maskz_loadu_epi8(there, x + (p + r) * ldx + i * 32)
+                                                : _mm512_setzero_si512());
+      }
+    }
+    for (int64_t b = block_begin; b < block_end; b += 2) {
+      const int blocks = block_end - b < 2 ? 1 : 2;
+      const uint16_t* columns[2] = {};
+      for (int j = 0; j < blocks; ++j) columns[j] = to_bf16(w, s.steps, b + j, strips + j * tile);
+      const bool ahead = count == 1 && columns[0] != strips;
+      for (int64_t t = 0; t < count; t += 2) {
+        const int used = count - t < 2 ? 1 : 2;
+        const uint16_t* a[2] = {packed + t * tile, packed + (t + 1) * tile};
+        pick_bf16(used, blocks, ahead)(tiles, a, columns, s.steps, y);
+        for (int i = 0; i < used; ++i) {
+          const int64_t first = (t + i) * 16, left = height - first < 16 ? height - first : 16;
+          for (int j = 0; j < blocks; ++j) finish(y + (2 * i + j) * 256, p + first, left, b + j, w.n, out);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace GM_LEVEL
 
@@ -293,7 +462,9 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
   static const KernelTable table = [] {
     KernelTable t = *kernel_table_avx512bf16();
     t.level = GM_STRING(GM_LEVEL);
+    t.prompts_in_bf16 = true;
     t.linear_int8 = GM_LEVEL::linear_int8;
+    t.linear_bf16 = GM_LEVEL::linear_bf16;
     return t;
   }();
   return &table;

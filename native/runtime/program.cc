@@ -87,9 +87,10 @@ void Program::add_node(Node node) {
   for (const LinearTerm& t : node.terms) {
     good &= known(t.input) && known(t.output) && t.weight >= 0 &&
             t.weight < static_cast<int64_t>(weights_.size()) &&
-            t.bias < static_cast<int64_t>(vectors_.size());
+            (t.prompt_input < 0 || known(t.prompt_input)) && t.bias < static_cast<int64_t>(vectors_.size());
   }
   if (!good) throw std::invalid_argument("node '" + node.name + "' names an unknown buffer or weight");
+  for (const LinearTerm& t : node.terms) phased_ |= t.prompt_input >= 0;
   nodes_.push_back(std::move(node));
   times_.push_back({nodes_.back().name, 0.0});
   reserved_tokens_ = reserved_logits_ = 0;
@@ -217,6 +218,7 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
     std::set<int64_t> r(node.in.begin(), node.in.end()), w(node.out.begin(), node.out.end());
     for (const LinearTerm& t : node.terms) {
       r.insert(t.input);
+      if (t.prompt_input >= 0) r.insert(t.prompt_input);
       w.insert(t.output);
     }
     auto shared = [this](int64_t b) { return !buffers_[static_cast<size_t>(b)].replicated; };
@@ -230,6 +232,25 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
     }
     read.insert(r.begin(), r.end());
     written.insert(w.begin(), w.end());
+  }
+}
+
+// Cuts this step's rows into runs of one phase; one run where no node asks.
+void Program::find_runs() {
+  for (const Rows kind : {Rows::kTokens, Rows::kLogits}) {
+    std::vector<Run>& runs = runs_[static_cast<size_t>(kind)];
+    const int64_t rows = kind == Rows::kTokens ? input_->token_count : input_->logit_count;
+    runs.clear();
+    if (!phased_) {
+      runs.push_back({0, rows, Phase::kAll});
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t token = kind == Rows::kTokens ? i : input_->logit_rows[i];
+      const Phase phase = input_->phases[token] == 0 ? Phase::kPrompt : Phase::kGenerated;
+      if (runs.empty() || runs.back().phase != phase) runs.push_back({i, i, phase});
+      runs.back().end = i + 1;
+    }
   }
 }
 
@@ -249,6 +270,7 @@ bool Program::run(const StepInput& input) {
   if (input.token_count == 0) return true;
   reserve(input.token_count, input.logit_count);
   input_ = &input;
+  find_runs();
   buffers_[static_cast<size_t>(logits_)].data = reinterpret_cast<char*>(input.logits);
 
   const size_t count = input.views.size();
@@ -360,24 +382,9 @@ void Program::run_node(const Node& node, int thread) {
                     ldy, r.end - r.begin, to.spec.width);
       return;
     }
-    case Op::kEncode: {
-      const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
-      const int64_t rows = rows_of(to);
-      const int64_t ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
-      const Range r = to.replicated ? Range{0, rows} : split(rows, thread, threads);
-      const float* x = f32(node.in[0], thread) + r.begin * ldx;
-      if (to.spec.encoding == Encoding::kBf16) {
-        auto* out = reinterpret_cast<uint16_t*>(at(to, thread)) + r.begin * to.spec.padded;
-        kernels_->encode_bf16(x, ldx, r.end - r.begin, to.spec.width, to.spec.padded, out);
-        return;
-      }
-      const Int8Rows q = int8(to, thread);
-      kernels_->encode_int8(x, ldx, r.end - r.begin, to.spec.width, to.spec.group, to.spec.padded,
-                            const_cast<int8_t*>(q.q) + r.begin * q.kp,
-                            const_cast<float*>(q.scale) + r.begin * q.groups,
-                            const_cast<int32_t*>(q.sum) + r.begin * q.groups);
+    case Op::kEncode:
+      run_encode(node, thread);
       return;
-    }
     case Op::kLinears:
       run_linears(node, thread);
       return;
@@ -396,6 +403,27 @@ void Program::run_node(const Node& node, int thread) {
       }
       return;
     }
+  }
+}
+
+void Program::run_encode(const Node& node, int thread) {
+  const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
+  const int64_t rows = rows_of(to), ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
+  const Range mine = to.replicated ? Range{0, rows} : split(rows, thread, pool_->threads());
+  for (const Run& run : runs_of(to)) {
+    if (node.phase != Phase::kAll && run.phase != node.phase) continue;
+    const int64_t begin = std::max(run.begin, mine.begin), count = std::min(run.end, mine.end) - begin;
+    if (count <= 0) continue;
+    const float* x = f32(node.in[0], thread) + begin * ldx;
+    if (to.spec.encoding == Encoding::kBf16) {
+      auto* out = reinterpret_cast<uint16_t*>(at(to, thread)) + begin * to.spec.padded;
+      kernels_->encode_bf16(x, ldx, count, to.spec.width, to.spec.padded, out);
+      continue;
+    }
+    const Int8Rows q = int8(to, thread);
+    kernels_->encode_int8(
+        x, ldx, count, to.spec.width, to.spec.group, to.spec.padded, const_cast<int8_t*>(q.q) + begin * q.kp,
+        const_cast<float*>(q.scale) + begin * q.groups, const_cast<int32_t*>(q.sum) + begin * q.groups);
   }
 }
 
@@ -434,7 +462,8 @@ void Program::run_gate(const Node& node, int thread) {
   const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
   if (begin >= end) return;
   const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
-  const bool int8_rows = buffers_[static_cast<size_t>(gate.input)].spec.encoding == Encoding::kInt8;
+  const bool int8_rows =
+      gate.prompt_input < 0 && buffers_[static_cast<size_t>(gate.input)].spec.encoding == Encoding::kInt8;
   const int64_t rows = rows_of(to), panel = int8_rows ? kGateRows : std::max<int64_t>(1, rows);
   for (int64_t row = 0; row < rows; row += panel) {
     const int64_t count = std::min(panel, rows - row);
@@ -451,30 +480,35 @@ void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block
   char* scratch = scratch_.data() + thread * scratch_bytes_;
   const Weight& w = weights_[static_cast<size_t>(t.weight)];
   const Buffer& to = buffers_[static_cast<size_t>(t.output)];
-  const Buffer& from = buffers_[static_cast<size_t>(t.input)];
-  const int64_t ldx = from.spec.padded;
   LinearOut out;
   out.ld = to.spec.padded;
-  out.out = f32(t.output, thread) + row * out.ld;
   out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
   out.accumulate = t.accumulate;
-  switch (from.spec.encoding) {
-    case Encoding::kInt8: {
-      Int8Rows x = int8(from, thread);
-      x.q += row * x.kp;
-      x.scale += row * x.groups;
-      x.sum += row * x.groups;
-      kernels_->linear_int8(w, x, rows, block_begin, block_end, out, scratch);
-      return;
+  for (const Run& run : runs_of(to)) {
+    const int64_t begin = std::max(run.begin, row), count = std::min(run.end, row + rows) - begin;
+    if (count <= 0) continue;
+    const int64_t input = run.phase == Phase::kPrompt && t.prompt_input >= 0 ? t.prompt_input : t.input;
+    const Buffer& from = buffers_[static_cast<size_t>(input)];
+    const int64_t ldx = from.spec.padded;
+    out.out = f32(t.output, thread) + begin * out.ld;
+    switch (from.spec.encoding) {
+      case Encoding::kInt8: {
+        Int8Rows x = int8(from, thread);
+        x.q += begin * x.kp;
+        x.scale += begin * x.groups;
+        x.sum += begin * x.groups;
+        kernels_->linear_int8(w, x, count, block_begin, block_end, out, scratch);
+        break;
+      }
+      case Encoding::kBf16:
+        kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)) + begin * ldx, ldx,
+                              count, block_begin, block_end, out, scratch);
+        break;
+      case Encoding::kF32:
+        kernels_->linear_f32(w, f32(input, thread) + begin * ldx, ldx, count, block_begin, block_end, out,
+                             scratch);
+        break;
     }
-    case Encoding::kBf16:
-      kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)) + row * ldx, ldx, rows,
-                            block_begin, block_end, out, scratch);
-      return;
-    case Encoding::kF32:
-      kernels_->linear_f32(w, f32(t.input, thread) + row * ldx, ldx, rows, block_begin, block_end, out,
-                           scratch);
-      return;
   }
 }
 

@@ -45,7 +45,11 @@ struct LinearTerm {
   int64_t output = 0;  // f32 buffer
   int64_t bias = -1;   // index of a vector, or -1
   bool accumulate = false;
+  int64_t prompt_input = -1;  // buffer that rows of prompts take instead of `input`, or -1
 };
+
+// Which rows a node concerns itself with.
+enum class Phase : int32_t { kAll = -1, kPrompt = 0, kGenerated = 1 };
 
 struct Node {
   Op op = Op::kAdd;
@@ -57,14 +61,16 @@ struct Node {
   int64_t weight = -1;  // kEmbedding: packed weight
   int64_t vector = -1;  // kRmsNorm: index of the weight vector
   float eps = 0, scale = 1;
-  int64_t heads = 1;        // kRmsNorm: the row is normalised in `heads` equal parts
-  int64_t layer = 0;        // kAttention
-  AttentionArgs attention;  // kAttention: constants only
-  int64_t rope = -1;        // kAttention: index of the rope table
+  int64_t heads = 1;          // kRmsNorm: the row is normalised in `heads` equal parts
+  int64_t layer = 0;          // kAttention
+  AttentionArgs attention;    // kAttention: constants only
+  int64_t rope = -1;          // kAttention: index of the rope table
+  Phase phase = Phase::kAll;  // kEncode
 };
 
 struct StepInput {
   const int32_t* tokens = nullptr;
+  const uint8_t* phases = nullptr;  // [token_count]: 0 of a prompt, 1 generated
   int64_t token_count = 0;
   std::vector<KvView*> views;
   std::vector<int64_t> lengths;  // new tokens per view
@@ -119,6 +125,14 @@ class Program {
   void check(const StepInput& input) const;
   void reserve(int64_t tokens, int64_t logits);
   void plan(int64_t tokens, int64_t logits, bool long_sequences);
+  struct Run {  // of rows of one phase
+    int64_t begin, end;
+    Phase phase;
+  };
+  void find_runs();
+  const std::vector<Run>& runs_of(const Buffer& b) const {
+    return runs_[b.spec.rows == Rows::kTokens ? 0 : 1];
+  }
   int64_t rows_of(const Buffer& b) const { return b.spec.rows == Rows::kTokens ? tokens_ : logit_rows_; }
   char* at(const Buffer& b, int thread) const { return b.data + (b.replicated ? thread * b.copy_bytes : 0); }
   float* f32(int64_t buffer, int thread) const {
@@ -127,6 +141,7 @@ class Program {
   Int8Rows int8(const Buffer& b, int thread) const;
   void run_thread(int thread);
   void run_node(const Node& node, int thread);
+  void run_encode(const Node& node, int thread);
   void run_linears(const Node& node, int thread);
   void run_gate(const Node& node, int thread);
   void run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row, int64_t rows,
@@ -150,6 +165,8 @@ class Program {
   // State of the step being run.
   const StepInput* input_ = nullptr;
   int64_t tokens_ = 0, logit_rows_ = 0;
+  bool phased_ = false;       // some node treats prompts otherwise
+  std::vector<Run> runs_[2];  // of the tokens and of the logit rows, ascending
   bool long_sequences_ = false;
   int64_t reserved_tokens_ = 0, reserved_logits_ = 0;
   std::vector<char> barrier_before_;

@@ -325,6 +325,13 @@ def bench(
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens read in one piece.")
 @mode_options
 @click.option(
+    "--phase",
+    type=click.Choice(("generated", "prompt")),
+    default="generated",
+    show_default=True,
+    help="What the model takes the text for; on AMX the arithmetic of the two differs.",
+)
+@click.option(
     "--base-weights",
     type=click.Choice(WEIGHTS),
     default="f32",

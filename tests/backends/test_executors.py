@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gristmill.backends.native import NativeExecutor, _native
@@ -52,7 +53,12 @@ def test_native(checkpoints: dict[str, Path], weights: str, activations: str, kv
                 same(logits, two.alone[i], f"sequence {i} with {threads} threads instead of 2")
 
 
-@pytest.mark.parametrize("level", _native.available_levels())
+LEVELS = _native.available_levels()
+# Prompts take another arithmetic there.
+TILES = ["amx_emulated"] if "avx512bf16" in LEVELS else []
+
+
+@pytest.mark.parametrize("level", [*LEVELS, *TILES])
 @pytest.mark.parametrize(
     ("weights", "activations", "kv"),
     [("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")],
@@ -69,3 +75,24 @@ def test_native_levels(
         subject = Subject(executor)
         check_chunks(subject)
         check_compositions(subject)
+
+
+@pytest.mark.parametrize("level", TILES)
+def test_tiles_tell_prompts_from_generated_tokens(checkpoints: dict[str, Path], level: str) -> None:
+    for weights, activations, kind in [
+        ("int4", "fast", "bf16"),
+        ("int8", "fast", "fast"),
+        ("int4", "exact", "exact"),
+        ("f32", "fast", "fast"),
+    ]:
+        with closing(
+            NativeExecutor.load(checkpoints[weights], activations=activations, level=level)
+        ) as executor:
+            assert executor.prompt_activations == kind
+            ids = models.tokens(40, executor.vocab_size)
+            as_prompt = models.logits(executor, ids, [40])
+            as_generated = models.logits(executor, ids, [40], prompt=0)
+            assert np.array_equal(as_prompt, as_generated) == (kind == activations)
+            assert models.relative_error(as_prompt, as_generated) < 0.05
+    with closing(NativeExecutor.load(checkpoints["int4"], level="avx512bf16")) as executor:
+        assert executor.prompt_activations == "fast"

@@ -1,4 +1,5 @@
-"""The AMX kernel, bit for bit against the others: on emulated tiles, and on real ones where there are any."""
+"""The AMX kernels on emulated tiles, and on real ones where there are any: int8 bit for bit as the vector
+kernels, bf16 as an emulation written here."""
 
 from __future__ import annotations
 
@@ -81,7 +82,9 @@ class Linear:
         x: NDArray[np.float32],
         bias: bool = False,
         into: NDArray[np.float32] | None = None,
+        *,
         blocks: tuple[int, int] | None = None,
+        arithmetic: str = "int8",
     ) -> NDArray[np.float32]:
         f, none = self.format, np.zeros(0, np.float32)
         # Poisoned: an element that was not written, or a guard column that was, is seen.
@@ -94,7 +97,7 @@ class Linear:
         arrays = (self.codes, self.scales.reshape(-1).view(np.uint8), mins)
         begin, end = blocks or (0, -(-self.n // 16))
         rest = (self.bias if bias else none, into is not None, out, begin, end)
-        _native.linear(level, "int8", storage, *shape, *arrays, x, *rest)
+        _native.linear(level, arithmetic, storage, *shape, *arrays, x, *rest)
         assert np.isnan(out[:, self.n :]).all(), "wrote past the end of a row"
         return out[:, : self.n]
 
@@ -217,3 +220,127 @@ def test_the_emulation_can_be_named() -> None:
 def test_without_tiles_the_level_is_refused() -> None:
     with pytest.raises(ValueError, match="'amx' is not available on this machine"):
         Linear(16, 64, Format(4, 32, 8)).run("amx", rows(16, 64))
+
+
+def to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    bits = x.view(np.uint32).astype(np.uint64)
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16).view(np.float32)
+
+
+def fma(a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]) -> NDArray[np.float32]:
+    # Products of bf16 are exact in float64; their sum with a float32 is rounded twice, which shows in no bit
+    # that these tests meet.
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def tiles_bf16(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x [rows, k] times w [n, k], both bf16 values, in the order of TDPBF16PS."""
+    rows, k, n = len(x), x.shape[1], len(w)
+    steps = -(-k // 32)
+    xs, ws = np.zeros((rows, 32 * steps), np.float32), np.zeros((n, 32 * steps), np.float32)
+    xs[:, :k], ws[:, :k] = x, w
+    total = np.zeros((rows, n), np.float32)
+    for s in range(steps):
+        part = np.zeros((2, rows, n), np.float32)
+        for c in range(32):
+            column = 32 * s + c
+            part[c % 2] = fma(xs[:, None, column], ws[None, :, column], part[c % 2])
+        total = total + (part[0] + part[1])
+    return total
+
+
+@NEEDS_AVX512
+@pytest.mark.parametrize("level", TILED)
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.offset <= 128], ids=str)
+def test_bf16_in_the_order_of_the_tiles(level: str, format: Format) -> None:
+    for n, k in [(33, 64), (17, 200), (16, 8), (48, 328)]:
+        for ragged in {False, format.group > 0 and k % format.group != 0}:
+            linear = Linear(n, k, format, ragged=ragged)
+            x = rows(37, k)
+            w = np.empty((n, k), np.float32)
+            mins = linear.mins.reshape(-1).view(np.uint8) if format.mins else np.zeros(0, np.uint8)
+            storage = _native.Storage.INT4 if format.bits == 4 else _native.Storage.INT8
+            shape = (n, k, linear.kp, linear.group, linear.groups, format.offset, format.wide)
+            for row in range(n):
+                scales = linear.scales.reshape(-1).view(np.uint8)
+                _native.decode_row(BASE, storage, *shape, linear.codes, scales, mins, row, w[row])
+            expected = tiles_bf16(to_bf16(x), to_bf16(w))
+            found = linear.run(level, x, arithmetic="bf16")
+            same(found, expected, f"{n}x{k} ragged={ragged}")
+            for count in (1, 2, 15, 16, 17, 31, 32, 33):
+                few = linear.run(level, np.ascontiguousarray(x[:count]), arithmetic="bf16")
+                same(few, expected[:count], f"{count} rows")
+            into = np.random.default_rng(5).standard_normal((37, n)).astype(np.float32)
+            same(linear.run(level, x, True, into, arithmetic="bf16"), into + (expected + linear.bias))
+
+
+@NEEDS_AVX512
+@pytest.mark.parametrize("level", TILED)
+@pytest.mark.parametrize("storage", ["F32", "BF16", "F16"])
+def test_bf16_of_float_weights(level: str, storage: str) -> None:
+    rng = np.random.default_rng(7)
+    for n, k in [(16, 32), (33, 100), (40, 576), (16, 2)]:
+        x = rows(19, k)
+        w = to_bf16(rng.standard_normal((n, k)).astype(np.float32))
+        blocks = -(-n // 16)
+        padded = np.zeros((blocks * 16, k), np.float32)
+        padded[:n] = w
+        lanes = padded.reshape(blocks, 16, k)
+        if storage == "F32":
+            values: NDArray[np.generic] = np.ascontiguousarray(lanes.transpose(0, 2, 1))
+        else:
+            pairs = np.ascontiguousarray(lanes.reshape(blocks, 16, k // 2, 2).transpose(0, 2, 1, 3))
+            values = (pairs.view(np.uint32) >> 16).astype(np.uint16) if storage == "BF16" else pairs
+            if storage == "F16":
+                values = pairs.astype(np.float16)
+                w = to_bf16(lanes.astype(np.float16).astype(np.float32)).reshape(blocks * 16, k)[:n]
+        none = np.zeros(0, np.uint8)
+        arrays = (values.reshape(-1).view(np.uint8), none, none)
+        expected = tiles_bf16(to_bf16(x), w)
+        for count in (1, 16, 19):
+            out = np.full((count, n), np.nan, np.float32)
+            _native.linear(
+                level,
+                "bf16",
+                getattr(_native.Storage, storage),
+                n,
+                k,
+                k,
+                0,
+                0,
+                0,
+                False,
+                *arrays,
+                np.ascontiguousarray(x[:count]),
+                np.zeros(0, np.float32),
+                False,
+                out,
+                0,
+                blocks,
+            )
+            same(out, expected[:count], f"{storage} {n}x{k}, {count} rows")
+
+
+@NEEDS_AVX512
+@pytest.mark.parametrize("level", TILED)
+def test_hard_sums(level: str) -> None:
+    # Cancellation, and what is denormal before, within and after a sum: real and emulated tiles must agree.
+    rng = np.random.default_rng(11)
+    k = 96
+    w = to_bf16((rng.standard_normal((16, k)) * 2.0 ** rng.integers(-100, 100, (16, k))).astype(np.float32))
+    x = to_bf16((rng.standard_normal((5, k)) * 2.0 ** rng.integers(-60, 26, (5, k))).astype(np.float32))
+    x[0, ::2], x[0, 1::2] = 1.0, -1.0
+    x[1] = 1e-39
+    x[2] *= np.float32(2.0**-60)
+    pairs = np.ascontiguousarray(w.reshape(1, 16, k // 2, 2).transpose(0, 2, 1, 3))
+    values = (pairs.view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint8)
+    none = np.zeros(0, np.uint8)
+    results = []
+    for name in ("amx_emulated", level):
+        out = np.full((5, 16), np.nan, np.float32)
+        shape = (16, k, k, 0, 0, 0, False)
+        rest = (np.zeros(0, np.float32), False, out, 0, 1)
+        _native.linear(name, "bf16", _native.Storage.BF16, *shape, values, none, none, x, *rest)
+        results.append(out)
+    same(results[1], results[0])
+    assert (results[0][1] == 0).all()

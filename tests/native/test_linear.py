@@ -162,7 +162,9 @@ def test_same_bits_on_every_level(name: str, arithmetic: str) -> None:
     if arithmetic == "int8" and case.packed.format != "group_int":
         return
     x = np.random.default_rng(1).standard_normal((7, 224)).astype(np.float32)
-    results = {level: run(level, arithmetic, case, x) for level in LEVELS}
+    # The matrix tiles have an order of their own for bf16: test_amx.py.
+    levels = [level for level in LEVELS if (level, arithmetic) != ("amx", "bf16")]
+    results = {level: run(level, arithmetic, case, x) for level in levels}
     for level, got in results.items():
         np.testing.assert_array_equal(got, results["portable"], err_msg=level)
 

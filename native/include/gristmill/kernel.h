@@ -102,6 +102,8 @@ struct AttentionArgs {
 
 struct KernelTable {
   const char* level;
+  // Integer weights meet rows of prompts as bf16 rather than as int8: this level's bf16 is the faster one.
+  bool prompts_in_bf16;
 
   // x [rows][ldx] of k columns -> int8 rows with groups of `group` columns. scale = max|x| / 127,
   // q = round-to-even(x * (127 / max|x|)); all zero where the group is zero.
@@ -182,6 +184,21 @@ struct AmxShape {
   }
 };
 
+// How the AMX kernel cuts bf16: steps of 32 columns, filled with zeros.
+struct AmxBf16Shape {
+  int64_t steps;
+
+  explicit AmxBf16Shape(const Weight& w) : steps((w.kp + 31) / 32) {}
+  // Rows that are packed at once: half a megabyte, which leaves most of the L2 cache to the strips.
+  int64_t panel(int64_t rows) const {
+    const int64_t fit = (int64_t{1} << 19) / (steps * 64) / 32 * 32;
+    const int64_t most = fit < 32 ? 32 : fit, all = (rows + 15) / 16 * 16;
+    return all < most ? all : most;
+  }
+  // Strips of two blocks, and the panel.
+  int64_t scratch_bytes(int64_t rows) const { return steps * 2048 + panel(rows) * steps * 64; }
+};
+
 // Scratch a thread needs for one linear of any kind.
 inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
   int64_t bytes = 256 * 16 * 4 + rows * 16 * 4;  // decoded strip and accumulators (f32, bf16)
@@ -191,7 +208,8 @@ inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
     if (sums > bytes) bytes = sums;
     if (tiles > bytes) bytes = tiles;
   }
-  return bytes + 256;
+  const int64_t bf16 = AmxBf16Shape(w).scratch_bytes(rows);
+  return (bf16 > bytes ? bf16 : bytes) + 256;
 }
 
 }  // namespace gm

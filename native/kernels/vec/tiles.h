@@ -61,6 +61,12 @@ class Tiles {
       __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
     }
   }
+  // c[m][n] += (sum over even k of a[m][k] b[k][n]) + (sum over odd k): bf16 pairs, b as [k / 2][n][2], c
+  // f32.
+  template <int kC, int kA, int kB>
+  void dot_bf16() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
 };
 
 #else
@@ -120,8 +126,45 @@ class Tiles {
       memcpy(data_[kC][m], sum, sizeof sum);
     }
   }
+  // Both sums are chains of fused steps from zero, k ascending; then they are added, and their sum to c.
+  // Denormal inputs and results are zero.
+  template <int kC, int kA, int kB>
+  __attribute__((noinline)) void dot_bf16() {
+    const int m_end = config_.rows[kC], n_end = config_.bytes[kC] / 4, k_end = config_.bytes[kA] / 4;
+    check(config_.rows[kA] == m_end && config_.bytes[kB] == config_.bytes[kC] && config_.rows[kB] == k_end);
+    for (int m = 0; m < m_end; ++m) {
+      float sum[16];
+      memcpy(sum, data_[kC][m], sizeof sum);
+      for (int n = 0; n < n_end; ++n) {
+        float part[2] = {0.0f, 0.0f};
+        for (int k = 0; k < k_end; ++k) {
+          for (int i = 0; i < 2; ++i) {
+            const float a = widen(data_[kA][m] + 4 * k + 2 * i), b = widen(data_[kB][k] + 4 * n + 2 * i);
+            part[i] = flush(__builtin_fmaf(a, b, part[i]));
+          }
+        }
+        sum[n] = flush(flush(sum[n]) + flush(part[0] + part[1]));
+      }
+      memcpy(data_[kC][m], sum, sizeof sum);
+    }
+  }
 
  private:
+  static float flush(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+    memcpy(&x, &bits, 4);
+    return x;
+  }
+  static float widen(const uint8_t* bf16) {
+    uint16_t half;
+    memcpy(&half, bf16, 2);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return flush(x);
+  }
   static void check(bool ok) {
     if (!ok) __builtin_trap();
   }

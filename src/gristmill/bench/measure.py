@@ -178,7 +178,7 @@ def _measure(
 
 def chunk_tokens() -> int:
     """Most prompt tokens that go into one step."""
-    from gristmill.backends.native.executor import MAX_STEP_TOKENS
+    from gristmill.program.batch import MAX_STEP_TOKENS
 
     return int(MAX_STEP_TOKENS)
 

@@ -134,6 +134,7 @@ class Subject:
         return {
             "weights": self.weights,
             "activations": self.executor.activations,
+            "prompt_activations": self.executor.prompt_activations,
             "arithmetic": self.arithmetic(),
             "kv_dtype": self.executor.kv_dtype,
             "head": self.head(),

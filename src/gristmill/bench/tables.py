@@ -23,11 +23,13 @@ def render(result: Mapping[str, Any]) -> Group:
     from rich.text import Text
 
     modes, about = result["modes"], result["machine"]
+    same = modes["prompt_activations"] == modes["activations"]
+    prompts = "" if same else f" ({modes['prompt_activations']} for prompts)"
     head = Text(
         f"{result['model']['name']}: weights {modes['weights']} "
         f"({modes['bits_per_weight']:.2f} bits per weight, {megabytes(result['weight_bytes'])}, "
         f"head {modes['head']}, in the {modes['weights_in']}), "
-        f"activations {modes['activations']}, KV {modes['kv_dtype']}\n"
+        f"activations {modes['activations']}{prompts}, KV {modes['kv_dtype']}\n"
         f"{about['cpu']}, {modes['threads']} threads, kernels {modes['level']}"
     )
     table = Table(

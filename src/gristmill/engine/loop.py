@@ -22,7 +22,7 @@ from gristmill.engine.detokenizer import TextStream, TokenBytes
 from gristmill.engine.result import FinishReason, Result, Timings, TokenLogprob
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import Cancelled, GristmillError, UsageError
-from gristmill.program.batch import GENERATED, PROMPT, Batch, CancelFlag, Executor, KVView
+from gristmill.program.batch import GENERATED, MAX_STEP_TOKENS, PROMPT, Batch, CancelFlag, Executor, KVView
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -34,10 +34,8 @@ if TYPE_CHECKING:
         def eos_token_ids(self) -> frozenset[int]: ...
 
 
-__all__ = ["MAX_SEQUENCES", "MAX_STEP_TOKENS", "Engine", "Generation", "check_prompt"]
+__all__ = ["MAX_SEQUENCES", "Engine", "Generation", "check_prompt"]
 
-MAX_STEP_TOKENS = 512
-"""Most tokens of a step."""
 MAX_SEQUENCES = 64
 """Most sequences in a step; further ones wait."""
 PROMPT_CUT = 16

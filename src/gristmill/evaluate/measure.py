@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from gristmill.errors import ModelError, UsageError
 from gristmill.evaluate.metrics import Quality
 from gristmill.evaluate.text import read_text, windows
-from gristmill.program.batch import PROMPT, Batch, Executor, KVView
+from gristmill.program.batch import GENERATED, MAX_STEP_TOKENS, PROMPT, Batch, Executor, KVView
 
 if TYPE_CHECKING:
     from gristmill.io.checkpoint import Progress
     from gristmill.io.tokenizer import Tokenizer
 
 WINDOW = 512
+PHASES = {"prompt": PROMPT, "generated": GENERATED}
 _LOGIT_BYTES = 1 << 26
 """Most bytes of logits that one step of an executor returns."""
 
@@ -33,6 +34,7 @@ def run(
     weights: str = "stored",
     activations: str | None = None,
     kv_dtype: str = "bf16",
+    phase: str = "generated",
     base_weights: str = "f32",
     base_activations: str = "exact",
     base_kv: str = "f32",
@@ -44,10 +46,11 @@ def run(
     model, base: names as everywhere (base None: the same model). text: a UTF-8 file, or None for CPython's
     `pydoc_data.topics`. The first `tokens` tokens are read in independent windows of `window` tokens; every
     position of a window is compared over the whole vocabulary, and every token but a window's first counts
-    for the perplexity.
+    for the perplexity. phase: whether the model takes the text as `prompt` or as `generated` tokens, whose
+    arithmetic may differ (docs/arithmetic.md).
 
     Returns the figures of `Quality.figures` and what they are of: text, text_sha256, window, windows, model,
-    base, modes, base_modes, weight_bytes, bits_per_weight.
+    base, phase, modes, base_modes, weight_bytes, bits_per_weight.
 
     Raises UsageError for a value out of range and ModelError for models that cannot be compared.
     """
@@ -57,6 +60,8 @@ def run(
         raise UsageError(f"the window must be at least 2 tokens, not {window}")
     if not 2 <= tokens <= 1 << 31:
         raise UsageError(f"evaluate needs at least 2 tokens, not {tokens}")
+    if phase not in PHASES:
+        raise UsageError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
     source = read_text(text)
     base = model if base is None else base
     with (
@@ -80,7 +85,7 @@ def run(
         longest = min(window, *(s.context for s in (ours, theirs)))
         tokenizer = _shared_tokenizer(ours.tokenizer(), theirs.tokenizer(), source.content)
         pieces = windows(tokenizer, source, tokens, longest)
-        figures = compare(ours.executor, theirs.executor, pieces, progress)
+        figures = compare(ours.executor, theirs.executor, pieces, progress, phase=PHASES[phase])
         return {
             **figures,
             "text": source.name,
@@ -89,6 +94,7 @@ def run(
             "windows": len(pieces),
             "model": ours.name,
             "base": theirs.name,
+            "phase": phase,
             "modes": ours.modes(),
             "base_modes": theirs.modes(),
             "weight_bytes": ours.weight_bytes,
@@ -102,8 +108,10 @@ def compare(
     base: Executor,
     pieces: Sequence[NDArray[np.int32]],
     progress: Progress | None = None,
+    *,
+    phase: int = GENERATED,
 ) -> dict[str, Any]:
-    """The figures of `Quality.figures` for two executors over token windows, each a prompt of its own.
+    """The figures of `Quality.figures` for two executors over token windows, each a sequence of its own.
 
     Memory is bounded: no more than 64 MB of logits of either model are held at a time (16 rows, if they are
     larger). ModelError if the vocabularies differ.
@@ -114,7 +122,7 @@ def compare(
         )
     quality = Quality()
     # Prompts are cut at multiples of 16 tokens, as the decoding loop does.
-    step = int(np.clip(_LOGIT_BYTES // (4 * model.vocab_size) // 16, 1, 32)) * 16
+    step = int(np.clip(_LOGIT_BYTES // (4 * model.vocab_size) // 16, 1, MAX_STEP_TOKENS // 16)) * 16
     total = sum(len(piece) for piece in pieces)
     done = 0
     for piece in pieces:
@@ -125,7 +133,7 @@ def compare(
                 following = np.full(len(ids), -1, np.int64)
                 known = piece[start + 1 : start + 1 + len(ids)]
                 following[: len(known)] = known
-                quality.add(_prompt(base, theirs, ids), _prompt(model, ours, ids), following)
+                quality.add(_read(base, theirs, ids, phase), _read(model, ours, ids, phase), following)
                 done += len(ids)
                 if progress:
                     progress("evaluating", done, total)
@@ -135,8 +143,8 @@ def compare(
     return quality.figures()
 
 
-def _prompt(executor: Executor, view: KVView, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Appends prompt tokens to a sequence: their logits [T, vocab]."""
+def _read(executor: Executor, view: KVView, ids: NDArray[np.int32], phase: int) -> NDArray[np.float32]:
+    """Appends tokens of a phase to a sequence: their logits [T, vocab]."""
     count = len(ids)
     return executor.step(
         Batch(
@@ -144,7 +152,7 @@ def _prompt(executor: Executor, view: KVView, ids: NDArray[np.int32]) -> NDArray
             lengths=np.array([count], np.int32),
             views=(view,),
             logit_rows=np.arange(count, dtype=np.int32),
-            phases=np.full(count, PROMPT, np.uint8),
+            phases=np.full(count, phase, np.uint8),
         )
     )
 

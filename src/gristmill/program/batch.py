@@ -14,6 +14,9 @@ from gristmill.program.nodes import Program
 PROMPT, GENERATED = 0, 1
 """Phases of a token, fixed for its life."""
 
+MAX_STEP_TOKENS = 256
+"""Most tokens of one sequence in a step: few enough that a layer's activations stay in the cache."""
+
 
 class CancelFlag:
     """Stops a step from another thread or a signal handler.

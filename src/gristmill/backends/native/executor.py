@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.backends.native import _native
-from gristmill.backends.native.lower import lower
+from gristmill.backends.native.lower import lower, prompt_in_bf16
 from gristmill.backends.native.weights import NativeWeight, WeightStore
 from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
-from gristmill.program.batch import Batch, CancelFlag, KVView
+from gristmill.program.batch import MAX_STEP_TOKENS, Batch, CancelFlag, KVView
 from gristmill.program.nodes import Program
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("exact", "bf16", "fast")
 KV_DTYPES = ("f32", "bf16")
-MAX_STEP_TOKENS = 256
 _NO_CANCEL = np.zeros(0, np.int32)
 
 
@@ -206,6 +205,12 @@ class NativeExecutor:
         return int(self._pool.threads)
 
     @property
+    def prompt_activations(self) -> str:
+        """`bf16` where rows of prompts meet integer weights so (docs/arithmetic.md), else `activations`."""
+        phased = any(prompt_in_bf16(self._native, w) for w in self.weights.values())
+        return "bf16" if phased and self.activations == "fast" else self.activations
+
+    @property
     def weights_in_arena(self) -> bool:
         """Whether the weights were copied onto huge pages; otherwise they are read from the mapped file."""
         return self._store.in_arena
@@ -251,6 +256,7 @@ class NativeExecutor:
         try:
             done = self._native.run(
                 batch.tokens,
+                batch.phases,
                 views,
                 batch.lengths.tolist(),
                 rows,

@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from gristmill.backends.native import _native
 from gristmill.backends.native.weights import NativeWeight
 from gristmill.errors import ModelError
+from gristmill.program.batch import GENERATED, PROMPT
 from gristmill.program.nodes import Node, Program
+
+ALL = -1
+"""Rows of every phase."""
 
 _GATES = {"silu": 0, "gelu_tanh": 1}
 
@@ -68,7 +72,7 @@ class _Lowering:
             for name in node.outputs:
                 self.writer[name] = i
         self.buffers: dict[str, _Buffer] = {}
-        self.encoded: dict[tuple[str, str, int, int], int] = {}
+        self.encoded: dict[tuple[str, str, int, int, int], int] = {}
         self.free: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         self.specs: dict[int, tuple[Any, ...]] = {}
         self.owned: dict[str, list[int]] = defaultdict(list)
@@ -114,24 +118,30 @@ class _Lowering:
     def last_use(self, name: str, position: int) -> bool:
         return all(r == position or r in self.done for r in self.readers[name])
 
-    def encode(self, name: str, w: NativeWeight) -> int:
-        """The buffer that a term of weight `w` reads: `name` as f32, or an encoding of it."""
-        kind = self.arithmetic(w)
+    def encode(self, name: str, kind: str, w: NativeWeight, phase: int = ALL) -> int:
+        """The buffer that a term of weight `w` reads: `name` as f32, or an encoding of a phase's rows."""
         source = self.buffers[name]
         if kind == "f32":
             return source.index
         group = w.group if kind == "int8" else 0
         padded = w.padded
-        key = (name, kind, group, padded)
+        key = (name, kind, group, padded, phase)
         if key not in self.encoded:
             encoding = _native.Encoding.INT8 if kind == "int8" else _native.Encoding.BF16
             index = self.acquire(
                 encoding, source.logits, source.width, padded=padded, group=group, private=True
             )
-            self.native.add_encode(f"{name}.{kind}", source.index, index)
+            self.native.add_encode(f"{name}.{kind}", source.index, index, phase)
             self.encoded[key] = index
             self.owned[name].append(index)
         return self.encoded[key]
+
+    def inputs(self, name: str, w: NativeWeight) -> tuple[int, int]:
+        """The buffers that a term of weight `w` reads: in general, and for rows of prompts or -1."""
+        kind = self.arithmetic(w)
+        if kind == "int8" and prompt_in_bf16(self.native, w):
+            return self.encode(name, "int8", w, GENERATED), self.encode(name, "bf16", w, PROMPT)
+        return self.encode(name, kind, w), -1
 
     def arithmetic(self, w: NativeWeight) -> str:
         """Arithmetic of one term: int8 rows for integer weights in `fast`, else bf16 or f32 rows."""
@@ -199,7 +209,7 @@ class _Lowering:
         # Later linears of the same input go along only while their outputs stay unread until then.
         weights = {j: self.weight(self.nodes[j].weights[0]) for j in group}
         gated = self.gated_pair(group, weights)
-        terms: list[tuple[int, int, int, int, bool]] = []
+        terms: list[tuple[int, int, int, int, bool, int]] = []
         for j in group:
             member = self.nodes[j]
             w = weights[j]
@@ -211,15 +221,15 @@ class _Lowering:
                     f"but its input has {source_buffer.width}"
                 )
             residual = self.residual_of(j) if len(group) == 1 else None
-            encoded = self.encode(source, w)
+            encoded, prompt = self.inputs(source, w)
             if residual is not None:
                 position, old = residual
-                terms.append((w.index, encoded, self.buffers[old].index, bias, True))
+                terms.append((w.index, encoded, self.buffers[old].index, bias, True, prompt))
                 self.alias(self.nodes[position].outputs[0], old)
                 self.done.add(position)
             else:
                 out = self.define(member.outputs[0], w.rows, source_buffer.logits)
-                terms.append((w.index, encoded, out.index, bias, False))
+                terms.append((w.index, encoded, out.index, bias, False, prompt))
             self.done.add(j)
         gate = -1
         if gated is not None:
@@ -302,6 +312,14 @@ class _Lowering:
         source = self.buffers[node.inputs[0]]
         out = self.define(node.outputs[0], source.width, True, private=True)
         self.native.add_select_rows(node.name, source.index, out.index)
+
+
+def prompt_in_bf16(native: _native.Program, w: NativeWeight) -> bool:
+    """Whether rows of prompts meet an integer weight as bf16 under `fast`.
+
+    So at levels with matrix tiles, whose int8 products wait for the scales of groups as small as these.
+    """
+    return bool(native.prompts_in_bf16) and w.integer and w.group <= 32
 
 
 def lower(
