@@ -70,11 +70,11 @@ def test_a_batch_says_what_each_sequence_says_alone(
 
 def test_prompts_are_cut_at_fixed_positions_only() -> None:
     executor = FakeExecutor()
-    generate(make_engine(executor), prompt_of(1100), prompt_of(300), prompt_of(33), max_tokens=5)
-    assert all(cut % PROMPT_CUT == 0 or cut in (1100, 300, 33) for cut in executor.cuts)
-    # 512, 512, then the last 76 with the next prompt and more.
-    assert executor.steps[:2] == [[512], [512]]
-    assert executor.steps[2] == [76, 300, 33]
+    generate(make_engine(executor), prompt_of(588), prompt_of(130), prompt_of(33), max_tokens=5)
+    assert all(cut % PROMPT_CUT == 0 or cut in (588, 130, 33) for cut in executor.cuts)
+    # 256, 256, then the last 76 with the next prompt and more.
+    assert executor.steps[:2] == [[256], [256]]
+    assert executor.steps[2] == [76, 130, 33]
 
 
 def test_the_seed_matters_and_is_told() -> None:

@@ -14,7 +14,7 @@ from gristmill.evaluate.metrics import Quality
 from gristmill.evaluate.text import Text, builtin_text, read_text, windows
 from gristmill.io.convert import prepare
 from gristmill.io.tokenizer import Tokenizer
-from gristmill.program.batch import PROMPT
+from gristmill.program.batch import GENERATED, PROMPT
 
 VOCABULARY = 50
 
@@ -45,6 +45,7 @@ class FakeExecutor:
         self.seed = seed
         self.views: list[FakeView] = []
         self.most_rows = 0
+        self.phases: set[int] = set()
 
     def allocate(self, capacity: int) -> FakeView:
         self.views.append(FakeView(capacity))
@@ -57,7 +58,7 @@ class FakeExecutor:
     def step(self, batch, cancel=None) -> np.ndarray:
         (view,) = batch.views
         batch.check(self.vocab_size)
-        assert (batch.phases == PROMPT).all()
+        self.phases |= set(batch.phases.tolist())
         rows = [self.row(int(batch.tokens[i]), view.length + int(i)) for i in batch.logit_rows]
         view.length += int(batch.lengths[0])
         self.most_rows = max(self.most_rows, len(rows))
@@ -88,6 +89,13 @@ def test_rows_are_aligned_however_a_window_is_cut(monkeypatch, bytes_at_once):
     assert found["tokens"] == 105
     assert model.most_rows == {1 << 26: 70, 4 * VOCABULARY * 35: 32, 1: 16}[bytes_at_once]
     assert all(view.closed for view in model.views + base.views)
+
+
+@pytest.mark.parametrize("phase", [PROMPT, GENERATED])
+def test_the_text_is_read_in_one_phase(phase):
+    model, base = FakeExecutor(1), FakeExecutor(2)
+    compare(model, base, pieces(70, 2), phase=phase)
+    assert model.phases == base.phases == {phase}
 
 
 def test_base_and_model_are_not_symmetric():
