@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from gristmill.backends.native import NativeExecutor, _native
+from gristmill.engine.loop import Engine
+from gristmill.engine.sampling import SamplingParams
+from gristmill.evaluate.measure import compare
 from gristmill.io import convert
+from tests.engine.fakes import FakeTokenizer
 from tests.kits import files, models
 from tests.kits.executor import Subject, check_chunks, check_compositions, check_executor, same
 
@@ -96,3 +100,14 @@ def test_tiles_tell_prompts_from_generated_tokens(checkpoints: dict[str, Path], 
             assert models.relative_error(as_prompt, as_generated) < 0.05
     with closing(NativeExecutor.load(checkpoints["int4"], level="avx512bf16")) as executor:
         assert executor.prompt_activations == "fast"
+
+
+def test_loop_and_evaluation_take_the_steps_that_rings_of_windows_allow(checkpoints: dict[str, Path]) -> None:
+    with closing(NativeExecutor.load(checkpoints["int8"], threads=2)) as executor:
+        ids = models.tokens(700, executor.vocab_size)
+        engine = Engine(executor, FakeTokenizer(), context=800)
+        one = engine.begin(ids.tolist(), SamplingParams(max_tokens=3, temperature=0.0))
+        engine.run([one])
+        whole = models.logits(executor, ids, [16] * 43 + [12])
+        assert one.result().token_ids[0] == whole[-1].argmax()
+        assert compare(executor, executor, [ids])["kl_mean"] == 0
