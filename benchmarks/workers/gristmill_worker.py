@@ -128,7 +128,8 @@ class GristmillWorker(Worker):
                 lengths=np.array([count], np.int32),
                 views=tuple(views),
                 logit_rows=np.arange(count, dtype=np.int32),
-                phases=np.full(count, PROMPT, np.uint8),
+                # As `gristmill evaluate` reads a text.
+                phases=np.full(count, GENERATED, np.uint8),
             )
             parts.append(self.executor.step(batch))
         return np.concatenate(parts)

@@ -1,5 +1,5 @@
-// Integer weights times many int8 rows, on AMX tiles; and the level's table, which is that of avx512bf16 but
-// for this.
+// Linear layers on AMX tiles: integer weights times many int8 rows, and any weights times bf16 rows (further
+// down); and the level's table, which is that of avx512bf16 but for these.
 //
 // The order of operations is that of linear_int.cc, so the bits are the same: an exact int32 dot of a group,
 // then, groups ascending, y = fma(float(dot), w_scale * x_scale, y) and y = fma(w_min, x_sum, y).
@@ -20,7 +20,7 @@
 // multiply, fma; load dot, scale and sum; store sum): 96 cycles of arithmetic, 96 of loads. With the tile
 // loads on the same ports a group takes about 120 cycles (groups of 32: 32,768 multiply-adds, 270 per cycle)
 // to 130 (groups of 64: 500 per cycle), against 93 and 108 of the VNNI kernel: groups that small are bound by
-// scales, not by tiles. Whole-row groups come near 1024. None of this has been measured.
+// scales, not by tiles. Whole-row groups come near 1024.
 //
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.

@@ -462,9 +462,10 @@ void Program::run_gate(const Node& node, int thread) {
   const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
   if (begin >= end) return;
   const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
-  const bool int8_rows =
-      gate.prompt_input < 0 && buffers_[static_cast<size_t>(gate.input)].spec.encoding == Encoding::kInt8;
-  const int64_t rows = rows_of(to), panel = int8_rows ? kGateRows : std::max<int64_t>(1, rows);
+  // The tiles of `prompts_in_bf16` decode int8's weights as well.
+  const bool in_place = !kernels_->prompts_in_bf16 &&
+                        buffers_[static_cast<size_t>(gate.input)].spec.encoding == Encoding::kInt8;
+  const int64_t rows = rows_of(to), panel = in_place ? kGateRows : std::max<int64_t>(1, rows);
   for (int64_t row = 0; row < rows; row += panel) {
     const int64_t count = std::min(panel, rows - row);
     run_linear(gate, blocks.begin, blocks.end, row, count, thread);

@@ -9,13 +9,14 @@ import pytest
 from gristmill.api import ChatSession, Model, load
 from gristmill.errors import UsageError
 from gristmill.program.batch import CancelFlag
+from tests.api.conftest import ONE_ARITHMETIC
 
 QUESTIONS = ["My name is Ada. What is a mill?", "And what does grist mean?", "What is my name?"]
 
 
 @pytest.fixture(scope="module")
 def small(cache: None) -> Iterator[Model]:
-    with load("smollm2", threads=2, context=256) as loaded:
+    with load("smollm2", threads=2, context=256, activations=ONE_ARITHMETIC) as loaded:
         yield loaded
 
 

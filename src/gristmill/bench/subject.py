@@ -123,7 +123,8 @@ class Subject:
             "int8" if w.integer else "f32" if w.storage == "f32" else "bf16"
             for w in executor.weights.values()
         }
-        return "+".join(sorted(kinds))
+        prompts = executor.prompt_activations
+        return "+".join(sorted(kinds)) + ("" if prompts == "fast" else f" (prompts {prompts})")
 
     def kv_element_bytes(self) -> int:
         """Bytes of one number in the KV cache."""

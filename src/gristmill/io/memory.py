@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.errors import GristmillError, UsageError
+from gristmill.program.batch import MAX_STEP_TOKENS
 from gristmill.program.nodes import CONSTANT, WINDOW, Program
 
 KV_BYTES = {"f32": 4, "bf16": 2}
@@ -21,9 +22,9 @@ KV_BYTES = {"f32": 4, "bf16": 2}
 RESERVE = 128 << 20
 """Bytes set aside for the interpreter, the buffers of a step and the logits."""
 BLOCK_TOKENS = 16
-STEP_TOKENS = 512
+SPAN_TOKENS = 256
 """The KV cache grows by blocks; the ring of a windowed layer holds its window and the tokens of the longest
-step."""
+step in whole spans, and one span more."""
 _UNLIMITED = 1 << 60
 _REQUANTISED_BITS = {"int8": 8.25, "int4": 4.5}
 
@@ -47,7 +48,8 @@ class Layer:
             return 1
         blocks = -(-context // BLOCK_TOKENS)
         if self.window:
-            blocks = min(blocks, -(-(self.window + STEP_TOKENS) // BLOCK_TOKENS) + 1)
+            spans = -(-(self.window + MAX_STEP_TOKENS) // SPAN_TOKENS) + 1
+            blocks = min(blocks, spans * SPAN_TOKENS // BLOCK_TOKENS)
         return blocks * BLOCK_TOKENS
 
 

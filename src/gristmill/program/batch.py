@@ -15,7 +15,7 @@ PROMPT, GENERATED = 0, 1
 """Phases of a token, fixed for its life."""
 
 MAX_STEP_TOKENS = 256
-"""Most tokens of one sequence in a step: few enough that a layer's activations stay in the cache."""
+"""Most tokens of a step: few enough that a layer's activations stay in the cache."""
 
 
 class CancelFlag:
