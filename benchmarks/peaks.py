@@ -1,4 +1,4 @@
-"""Prints the arithmetic that this machine can do at most: operations per second of f32, bf16 and int8 products.
+"""Prints the arithmetic that this machine can do at most: f32, bf16 and int8 operations per second.
 
 Compiles `peaks.cc` for this processor and runs it on as many processors at once as are asked for. Beside it
 `gristmill bench` says how many operations per second a prompt takes.
