@@ -239,9 +239,8 @@ void bind_program(nb::module_& m) {
             p.add_node(n);
           },
           "name"_a, "terms"_a, "gate"_a,
-          "Terms (weight, input, output, bias or -1, accumulate, input of prompts or -1); gate: -1, or 0 "
-          "silu, "
-          "1 tanh-gelu of terms 0 and 1.")
+          "Terms (weight, input, output, bias or -1, accumulate, input of prompts or -1).\n"
+          "gate: -1, or 0 silu, 1 tanh-gelu of terms 0 and 1.")
       .def(
           "add_attention",
           [](gm::Program& p, const std::string& name, int64_t layer, int64_t q, int64_t k, int64_t v,

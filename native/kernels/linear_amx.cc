@@ -20,7 +20,7 @@
 // multiply, fma; load dot, scale and sum; store sum): 96 cycles of arithmetic, 96 of loads. With the tile
 // loads on the same ports a group takes about 120 cycles (groups of 32: 32,768 multiply-adds, 270 per cycle)
 // to 130 (groups of 64: 500 per cycle), against 93 and 108 of the VNNI kernel: groups that small are bound by
-// scales, not by tiles. Whole-row groups come near 1024.
+// scales, not by tiles. Whole-row groups come near 1024. These are counts, not measurements.
 //
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.

@@ -34,7 +34,7 @@ def test_windowed_layers_keep_a_ring(kind: str, context: int) -> None:
     of = config(kind)
     got = plan(of, 0, "bf16", context, available=PLENTY)
     whole = -(-context // 16) * 16
-    # Window 24 and a step of 512 tokens, in blocks of 16, and one block for where they begin.
+    # Window 24 and a step of 256 tokens, in spans of 256, and one span for where they begin.
     ring = min(whole, (-(-(24 + 256) // 256) + 1) * 256)
     kept = {"mistral": 2 * ring, "gemma3_text": ring + whole}.get(kind, 2 * whole)
     assert got.kv_bytes == kept * 2 * 2 * 64 * 2
