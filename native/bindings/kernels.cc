@@ -44,12 +44,16 @@ gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t
 void bind_kernels(nb::module_& m) {
   m.def(
       "encode_int8",
-      [](const std::string& level, In<float> x, int64_t group, int64_t kp, Out<int8_t> q, Out<float> scale,
-         Out<int32_t> sum) {
+      [](const std::string& level, In<float> x, int64_t group, int64_t kp, In<float> limits,
+         In<int32_t> order, Out<int8_t> q, Out<float> scale, Out<int32_t> sum) {
+        const gm::Rounding rounding = {limits.size() > 0 ? limits.data() : nullptr,
+                                       order.size() > 0 ? order.data() : nullptr};
+        std::vector<float> gathered(x.shape(1));
         gm::kernel_table(level)->encode_int8(x.data(), x.shape(1), x.shape(0), x.shape(1), group, kp,
-                                             q.data(), scale.data(), sum.data());
+                                             rounding, q.data(), scale.data(), sum.data(), gathered.data());
       },
-      "level"_a, "x"_a, "group"_a, "kp"_a, "q"_a, "scale"_a, "sum"_a);
+      "level"_a, "x"_a, "group"_a, "kp"_a, "limits"_a, "order"_a, "q"_a, "scale"_a, "sum"_a,
+      "limits: the largest code of each group, or empty for 127; order: source columns, or empty.");
 
   m.def("linear", [](const std::string& level, const std::string& arithmetic, gm::Storage storage, int64_t n,
                      int64_t k, int64_t kp, int64_t group, int64_t groups, int offset, bool wide,
@@ -70,7 +74,7 @@ void bind_kernels(nb::module_& m) {
       std::vector<int8_t> q(static_cast<size_t>(rows * kp) + 64);
       std::vector<float> scale(static_cast<size_t>(rows * groups));
       std::vector<int32_t> sum(static_cast<size_t>(rows * groups));
-      t->encode_int8(x.data(), ldx, rows, k, group, kp, q.data(), scale.data(), sum.data());
+      t->encode_int8(x.data(), ldx, rows, k, group, kp, {}, q.data(), scale.data(), sum.data(), nullptr);
       gm::Int8Rows r{q.data(), scale.data(), sum.data(), kp, groups};
       t->linear_int8(w, r, rows, block_begin, block_end, o, aligned);
     } else if (arithmetic == "bf16") {

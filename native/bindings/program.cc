@@ -113,7 +113,8 @@ void bind_program(nb::module_& m) {
       .value("BF16", gm::Encoding::kBf16)
       .value("INT8", gm::Encoding::kInt8);
 
-  using Term = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t>;
+  using Factors = std::tuple<int64_t, int64_t, int64_t>;
+  using Term = std::tuple<std::vector<Factors>, int64_t, int64_t, bool>;
   nb::class_<gm::Program>(m, "Program")
       .def(
           "__init__",
@@ -212,16 +213,26 @@ void bind_program(nb::module_& m) {
           "name"_a, "in_"_a, "out"_a, "out += in")
       .def(
           "add_encode",
-          [](gm::Program& p, const std::string& name, int64_t in, int64_t out, int phase) {
+          [](gm::Program& p, const std::string& name, int64_t in, int64_t out, int phase, int64_t group,
+             std::vector<float> limits, std::vector<int32_t> order) {
             gm::Node n;
             n.op = gm::Op::kEncode;
             n.name = name;
             n.in = {in};
             n.out = {out};
             n.phase = static_cast<gm::Phase>(phase);
-            p.add_node(n);
+            n.group = group;
+            n.limits = std::move(limits);
+            n.order = std::move(order);
+            p.add_node(std::move(n));
           },
-          "name"_a, "in_"_a, "out"_a, "phase"_a, "phase: -1 all rows, 0 those of prompts, 1 generated ones.")
+          "name"_a, "in_"_a, "out"_a, "phase"_a, "group"_a = 0, "limits"_a = std::vector<float>{},
+          "order"_a = std::vector<int32_t>{},
+          "phase: -1 all rows, 0 those of prompts, 1 generated ones. group: of the rounding that an f32 "
+          "output\n"
+          "gets, 0 for none. limits: the largest code of each group, empty for 127. order: the column of "
+          "`in_`\n"
+          "that each one is taken from, empty for its own.")
       .def(
           "add_linears",
           [](gm::Program& p, const std::string& name, const std::vector<Term>& terms, int gate) {
@@ -230,16 +241,20 @@ void bind_program(nb::module_& m) {
             n.name = name;
             for (const Term& t : terms) {
               gm::LinearTerm term;
-              std::tie(term.weight, term.input, term.output, term.bias, term.accumulate, term.prompt_input) =
-                  t;
-              n.terms.push_back(term);
+              std::vector<Factors> products;
+              std::tie(products, term.output, term.bias, term.accumulate) = t;
+              for (const auto& [weight, input, prompt_input] : products) {
+                term.products.push_back({weight, input, prompt_input});
+              }
+              n.terms.push_back(std::move(term));
             }
             n.gate = gate >= 0;
             if (n.gate) n.activation = static_cast<gm::Activation>(gate);
             p.add_node(n);
           },
           "name"_a, "terms"_a, "gate"_a,
-          "Terms (weight, input, output, bias or -1, accumulate, input of prompts or -1).\n"
+          "Terms (products, output, bias or -1, accumulate); products (weight, input, input of prompts or "
+          "-1).\n"
           "gate: -1, or 0 silu, 1 tanh-gelu of terms 0 and 1.")
       .def(
           "add_attention",

@@ -5,7 +5,8 @@
 namespace gm::GM_LEVEL {
 namespace {
 
-void encode_group(const float* x, int64_t n, int64_t padded, int8_t* q, float* scale, int32_t* sum) {
+void encode_group(const float* x, int64_t n, int64_t padded, float limit, int8_t* q, float* scale,
+                  int32_t* sum) {
   vf largest = vf_zero();
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) largest = vf_max(vf_abs(vf_load(x + i)), largest);
@@ -13,8 +14,8 @@ void encode_group(const float* x, int64_t n, int64_t padded, int8_t* q, float* s
   if (tail > 0) largest = vf_max(vf_abs(vf_load_n(x + i, tail)), largest);
   const float top = vf_max_lane(largest);
   // The reciprocal of a denormal would be infinite: such a group is as good as zero.
-  const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-  *scale = top > 1e-30f ? top / 127.0f : 0.0f;
+  const float inverse = top > 1e-30f ? limit / top : 0.0f;
+  *scale = top > 1e-30f ? top / limit : 0.0f;
   const vf factor = vf_set1(inverse);
   vi total = vi_set1(0);
   for (i = 0; i + 16 <= n; i += 16) {
@@ -36,17 +37,22 @@ void encode_group(const float* x, int64_t n, int64_t padded, int8_t* q, float* s
 
 }  // namespace
 
-void encode_int8(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp, int8_t* q,
-                 float* scale, int32_t* sum) {
+void encode_int8(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp,
+                 const Rounding& rounding, int8_t* q, float* scale, int32_t* sum, float* gathered) {
   const int64_t groups = (k + group - 1) / group;
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * ldx;
+    if (rounding.order != nullptr) {
+      for (int64_t c = 0; c < k; ++c) gathered[c] = row[rounding.order[c]];
+      row = gathered;
+    }
     int8_t* out = q + r * kp;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * group;
       const int64_t n = k - begin < group ? k - begin : group;
       const int64_t padded = g + 1 == groups ? kp - begin : group;
-      encode_group(row + begin, n, padded, out + begin, scale + r * groups + g, sum + r * groups + g);
+      const float limit = rounding.limit == nullptr ? 127.0f : rounding.limit[g];
+      encode_group(row + begin, n, padded, limit, out + begin, scale + r * groups + g, sum + r * groups + g);
     }
   }
 }

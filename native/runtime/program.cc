@@ -23,6 +23,11 @@ struct Range {
 };
 Range split(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
+Rounding rounding_of(const Node& node) {
+  return {node.limits.empty() ? nullptr : node.limits.data(),
+          node.order.empty() ? nullptr : node.order.data()};
+}
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -85,12 +90,30 @@ void Program::add_node(Node node) {
   for (const int64_t b : node.in) good &= known(b);
   for (const int64_t b : node.out) good &= known(b);
   for (const LinearTerm& t : node.terms) {
-    good &= known(t.input) && known(t.output) && t.weight >= 0 &&
-            t.weight < static_cast<int64_t>(weights_.size()) &&
-            (t.prompt_input < 0 || known(t.prompt_input)) && t.bias < static_cast<int64_t>(vectors_.size());
+    good &= known(t.output) && t.bias < static_cast<int64_t>(vectors_.size()) && !t.products.empty();
+    for (const Product& p : t.products) {
+      good &= known(p.input) && p.weight >= 0 && p.weight < static_cast<int64_t>(weights_.size()) &&
+              (p.prompt_input < 0 || known(p.prompt_input));
+      // The blocks of a term are cut once for all of its products.
+      good = good && weight_of(p).n == weight_of(t.products[0]).n;
+    }
+  }
+  if (good && node.op == Op::kEncode) {
+    const BufferSpec& from = buffers_[static_cast<size_t>(node.in[0])].spec;
+    const BufferSpec& to = buffers_[static_cast<size_t>(node.out[0])].spec;
+    const int64_t group = to.encoding == Encoding::kInt8 ? to.group : node.group;
+    const auto groups = static_cast<size_t>(group > 0 ? (to.width + group - 1) / group : 0);
+    good = (node.limits.empty() || node.limits.size() == groups) &&
+           (node.order.empty() || node.order.size() == static_cast<size_t>(to.width)) &&
+           (to.encoding != Encoding::kF32 || group > 0 || !node.order.empty()) && from.width == to.width;
+    for (const float limit : node.limits) good = good && limit >= 1 && limit <= 127;
+    for (const int32_t c : node.order) good = good && c >= 0 && c < from.width;
+    if (!good) throw std::invalid_argument("node '" + node.name + "' rounds what it cannot");
   }
   if (!good) throw std::invalid_argument("node '" + node.name + "' names an unknown buffer or weight");
-  for (const LinearTerm& t : node.terms) phased_ |= t.prompt_input >= 0;
+  for (const LinearTerm& t : node.terms) {
+    for (const Product& p : t.products) phased_ |= p.prompt_input >= 0;
+  }
   nodes_.push_back(std::move(node));
   times_.push_back({nodes_.back().name, 0.0});
   reserved_tokens_ = reserved_logits_ = 0;
@@ -183,8 +206,13 @@ void Program::reserve(int64_t tokens, int64_t logits) {
     for (const LinearTerm& t : node.terms) {
       const Buffer& out = buffers_[static_cast<size_t>(t.output)];
       const int64_t rows = out.spec.rows == Rows::kTokens ? reserved_tokens_ : reserved_logits_;
-      scratch_bytes_ =
-          std::max(scratch_bytes_, linear_scratch_bytes(weights_[static_cast<size_t>(t.weight)], rows));
+      for (const Product& p : t.products) {
+        scratch_bytes_ = std::max(scratch_bytes_, linear_scratch_bytes(weight_of(p), rows));
+      }
+    }
+    if (node.op == Op::kEncode) {
+      const int64_t width = buffers_[static_cast<size_t>(node.out[0])].spec.width;
+      scratch_bytes_ = std::max(scratch_bytes_, align64(4 * width) + align64(width) + 8 * width);
     }
   }
 }
@@ -217,8 +245,10 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
     const Node& node = nodes_[i];
     std::set<int64_t> r(node.in.begin(), node.in.end()), w(node.out.begin(), node.out.end());
     for (const LinearTerm& t : node.terms) {
-      r.insert(t.input);
-      if (t.prompt_input >= 0) r.insert(t.prompt_input);
+      for (const Product& p : t.products) {
+        r.insert(p.input);
+        if (p.prompt_input >= 0) r.insert(p.prompt_input);
+      }
       w.insert(t.output);
     }
     auto shared = [this](int64_t b) { return !buffers_[static_cast<size_t>(b)].replicated; };
@@ -410,6 +440,8 @@ void Program::run_encode(const Node& node, int thread) {
   const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
   const int64_t rows = rows_of(to), ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
   const Range mine = to.replicated ? Range{0, rows} : split(rows, thread, pool_->threads());
+  const Rounding rounding = rounding_of(node);
+  auto* gathered = reinterpret_cast<float*>(scratch_.data() + thread * scratch_bytes_);
   for (const Run& run : runs_of(to)) {
     if (node.phase != Phase::kAll && run.phase != node.phase) continue;
     const int64_t begin = std::max(run.begin, mine.begin), count = std::min(run.end, mine.end) - begin;
@@ -420,10 +452,40 @@ void Program::run_encode(const Node& node, int thread) {
       kernels_->encode_bf16(x, ldx, count, to.spec.width, to.spec.padded, out);
       continue;
     }
+    if (to.spec.encoding == Encoding::kF32) {
+      round_rows(node, x, ldx, count, f32(node.out[0], thread) + begin * to.spec.padded, thread);
+      continue;
+    }
     const Int8Rows q = int8(to, thread);
-    kernels_->encode_int8(
-        x, ldx, count, to.spec.width, to.spec.group, to.spec.padded, const_cast<int8_t*>(q.q) + begin * q.kp,
-        const_cast<float*>(q.scale) + begin * q.groups, const_cast<int32_t*>(q.sum) + begin * q.groups);
+    kernels_->encode_int8(x, ldx, count, to.spec.width, to.spec.group, to.spec.padded, rounding,
+                          const_cast<int8_t*>(q.q) + begin * q.kp,
+                          const_cast<float*>(q.scale) + begin * q.groups,
+                          const_cast<int32_t*>(q.sum) + begin * q.groups, gathered);
+  }
+}
+
+// The values that the codes of `rows` rows stand for.
+void Program::round_rows(const Node& node, const float* x, int64_t ldx, int64_t rows, float* out,
+                         int thread) {
+  const BufferSpec& to = buffers_[static_cast<size_t>(node.out[0])].spec;
+  const int64_t width = to.width;
+  const Rounding rounding = rounding_of(node);
+  if (node.group == 0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < width; ++c) out[r * to.padded + c] = x[r * ldx + rounding.order[c]];
+    }
+    return;
+  }
+  char* scratch = scratch_.data() + thread * scratch_bytes_;
+  auto* q = reinterpret_cast<int8_t*>(scratch + align64(4 * width));
+  auto* scale = reinterpret_cast<float*>(scratch + align64(4 * width) + align64(width));
+  auto* sum = reinterpret_cast<int32_t*>(scale + width);
+  for (int64_t r = 0; r < rows; ++r) {
+    kernels_->encode_int8(x + r * ldx, ldx, 1, width, node.group, width, rounding, q, scale, sum,
+                          reinterpret_cast<float*>(scratch));
+    for (int64_t c = 0; c < width; ++c) {
+      out[r * to.padded + c] = scale[c / node.group] * static_cast<float>(q[c]);
+    }
   }
 }
 
@@ -435,36 +497,41 @@ void Program::run_linears(const Node& node, int thread) {
   }
   // All terms' blocks in one line, cut evenly by bytes.
   int64_t total = 0;
-  for (const LinearTerm& t : node.terms) {
-    const Weight& w = weights_[static_cast<size_t>(t.weight)];
-    total += w.blocks() * w.kp;
-  }
+  for (const LinearTerm& t : node.terms) total += weight_of(t.products[0]).blocks() * columns_of(t);
   const Range mine = split(total, thread, threads);
   int64_t before = 0;
   for (const LinearTerm& t : node.terms) {
-    const Weight& w = weights_[static_cast<size_t>(t.weight)];
+    const int64_t count = weight_of(t.products[0]).blocks(), columns = columns_of(t);
     auto cut = [&](int64_t at) {
-      return std::clamp<int64_t>((at - before + w.kp - 1) / std::max<int64_t>(1, w.kp), 0, w.blocks());
+      return std::clamp<int64_t>((at - before + columns - 1) / std::max<int64_t>(1, columns), 0, count);
     };
     const Range blocks = {mine.begin <= before ? 0 : cut(mine.begin), mine.end <= before ? 0 : cut(mine.end)};
-    before += w.blocks() * w.kp;
+    before += count * columns;
     const int64_t rows = rows_of(buffers_[static_cast<size_t>(t.output)]);
     if (blocks.begin < blocks.end) run_linear(t, blocks.begin, blocks.end, 0, rows, thread);
   }
+}
+
+// Padded columns of all products of a term: what one of its blocks costs.
+int64_t Program::columns_of(const LinearTerm& t) const {
+  int64_t columns = 0;
+  for (const Product& p : t.products) columns += weight_of(p).kp;
+  return columns;
 }
 
 // Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
 // cache when they are combined. Arithmetics that decode the weights first take all rows at once.
 void Program::run_gate(const Node& node, int thread) {
   const LinearTerm &gate = node.terms[0], &up = node.terms[1];
-  const Weight& w = weights_[static_cast<size_t>(gate.weight)];
+  const Weight& w = weight_of(gate.products[0]);
   const Range blocks = split(w.blocks(), thread, pool_->threads());
   const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
   if (begin >= end) return;
   const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
   // The tiles of `prompts_in_bf16` decode int8's weights as well.
-  const bool in_place = !kernels_->prompts_in_bf16 &&
-                        buffers_[static_cast<size_t>(gate.input)].spec.encoding == Encoding::kInt8;
+  const bool in_place =
+      !kernels_->prompts_in_bf16 &&
+      buffers_[static_cast<size_t>(gate.products[0].input)].spec.encoding == Encoding::kInt8;
   const int64_t rows = rows_of(to), panel = in_place ? kGateRows : std::max<int64_t>(1, rows);
   for (int64_t row = 0; row < rows; row += panel) {
     const int64_t count = std::min(panel, rows - row);
@@ -479,36 +546,40 @@ void Program::run_gate(const Node& node, int thread) {
 void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row,
                          int64_t rows, int thread) {
   char* scratch = scratch_.data() + thread * scratch_bytes_;
-  const Weight& w = weights_[static_cast<size_t>(t.weight)];
   const Buffer& to = buffers_[static_cast<size_t>(t.output)];
-  LinearOut out;
-  out.ld = to.spec.padded;
-  out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
-  out.accumulate = t.accumulate;
   for (const Run& run : runs_of(to)) {
     const int64_t begin = std::max(run.begin, row), count = std::min(run.end, row + rows) - begin;
     if (count <= 0) continue;
-    const int64_t input = run.phase == Phase::kPrompt && t.prompt_input >= 0 ? t.prompt_input : t.input;
-    const Buffer& from = buffers_[static_cast<size_t>(input)];
-    const int64_t ldx = from.spec.padded;
+    LinearOut out;
+    out.ld = to.spec.padded;
     out.out = f32(t.output, thread) + begin * out.ld;
-    switch (from.spec.encoding) {
-      case Encoding::kInt8: {
-        Int8Rows x = int8(from, thread);
-        x.q += begin * x.kp;
-        x.scale += begin * x.groups;
-        x.sum += begin * x.groups;
-        kernels_->linear_int8(w, x, count, block_begin, block_end, out, scratch);
-        break;
+    out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
+    out.accumulate = t.accumulate;
+    for (const Product& p : t.products) {
+      const Weight& w = weight_of(p);
+      const int64_t input = run.phase == Phase::kPrompt && p.prompt_input >= 0 ? p.prompt_input : p.input;
+      const Buffer& from = buffers_[static_cast<size_t>(input)];
+      const int64_t ldx = from.spec.padded;
+      switch (from.spec.encoding) {
+        case Encoding::kInt8: {
+          Int8Rows x = int8(from, thread);
+          x.q += begin * x.kp;
+          x.scale += begin * x.groups;
+          x.sum += begin * x.groups;
+          kernels_->linear_int8(w, x, count, block_begin, block_end, out, scratch);
+          break;
+        }
+        case Encoding::kBf16:
+          kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)) + begin * ldx, ldx,
+                                count, block_begin, block_end, out, scratch);
+          break;
+        case Encoding::kF32:
+          kernels_->linear_f32(w, f32(input, thread) + begin * ldx, ldx, count, block_begin, block_end, out,
+                               scratch);
+          break;
       }
-      case Encoding::kBf16:
-        kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)) + begin * ldx, ldx,
-                              count, block_begin, block_end, out, scratch);
-        break;
-      case Encoding::kF32:
-        kernels_->linear_f32(w, f32(input, thread) + begin * ldx, ldx, count, block_begin, block_end, out,
-                             scratch);
-        break;
+      out.bias = nullptr;
+      out.accumulate = true;
     }
   }
 }

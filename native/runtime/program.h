@@ -38,14 +38,19 @@ enum class Op : int32_t {
   kSelectRows,
 };
 
-// One packed weight of a kLinears node and where its result goes.
+// A packed weight of a kLinears node and what it is multiplied with.
+struct Product {
+  int64_t weight = 0;         // index of the weight
+  int64_t input = 0;          // buffer: f32, bf16 or int8; its encoding names the arithmetic
+  int64_t prompt_input = -1;  // buffer that rows of prompts take instead of `input`, or -1
+};
+
+// output = sum of the products, in order, the bias after the first; or output += that sum.
 struct LinearTerm {
-  int64_t weight = 0;  // index of the weight
-  int64_t input = 0;   // buffer: f32, bf16 or int8; its encoding names the arithmetic
+  std::vector<Product> products;
   int64_t output = 0;  // f32 buffer
   int64_t bias = -1;   // index of a vector, or -1
   bool accumulate = false;
-  int64_t prompt_input = -1;  // buffer that rows of prompts take instead of `input`, or -1
 };
 
 // Which rows a node concerns itself with.
@@ -66,6 +71,11 @@ struct Node {
   AttentionArgs attention;    // kAttention: constants only
   int64_t rope = -1;          // kAttention: index of the rope table
   Phase phase = Phase::kAll;  // kEncode
+  // kEncode: the codes' largest absolute value per group (empty: 127), and the column that each one is taken
+  // from (empty: its own). An f32 output gets the rounded values; where `group` is 0, the columns alone.
+  std::vector<float> limits;
+  std::vector<int32_t> order;
+  int64_t group = 0;
 };
 
 struct StepInput {
@@ -142,10 +152,13 @@ class Program {
   void run_thread(int thread);
   void run_node(const Node& node, int thread);
   void run_encode(const Node& node, int thread);
+  void round_rows(const Node& node, const float* x, int64_t ldx, int64_t rows, float* out, int thread);
   void run_linears(const Node& node, int thread);
   void run_gate(const Node& node, int thread);
   void run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row, int64_t rows,
                   int thread);
+  const Weight& weight_of(const Product& p) const { return weights_[static_cast<size_t>(p.weight)]; }
+  int64_t columns_of(const LinearTerm& t) const;
   void run_attention(const Node& node, int thread);
 
   const KernelTable* kernels_;

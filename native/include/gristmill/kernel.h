@@ -35,6 +35,12 @@ struct Int8Rows {
   int64_t kp = 0, groups = 0;
 };
 
+// How activations are rounded to integers.
+struct Rounding {
+  const float* limit = nullptr;    // [groups], the largest code; null: 127 everywhere
+  const int32_t* order = nullptr;  // [k], the column that each one is taken from; null: its own
+};
+
 struct LinearOut {
   float* out = nullptr;
   int64_t ld = 0;
@@ -105,10 +111,11 @@ struct KernelTable {
   // Integer weights meet rows of prompts as bf16 rather than as int8: this level's bf16 is the faster one.
   bool prompts_in_bf16;
 
-  // x [rows][ldx] of k columns -> int8 rows with groups of `group` columns. scale = max|x| / 127,
-  // q = round-to-even(x * (127 / max|x|)); all zero where the group is zero.
+  // x [rows][ldx] of k columns -> int8 rows with groups of `group` columns. scale = max|x| / limit,
+  // q = round-to-even(x * (limit / max|x|)); all zero where the group is zero. `gathered` holds k floats if
+  // there is an order.
   void (*encode_int8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp,
-                      int8_t* q, float* scale, int32_t* sum);
+                      const Rounding& rounding, int8_t* q, float* scale, int32_t* sum, float* gathered);
   // x [rows][ldx] of k columns -> bf16 [rows][kp], zero in the padding.
   void (*encode_bf16)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out);
 

@@ -127,6 +127,14 @@ class Builder:
             weights.append(self.weight(f"{module}.bias", outputs))
         return self.add_node("linear", name or node_name(module), (x,), weights)[0]
 
+    def encode(
+        self, name: str, x: str, *, group: int = 0, bits: Sequence[int] = (), order: str | None = None
+    ) -> str:
+        """x rounded to integers, or (without bits) its columns in the order of a vector of that name."""
+        weights = () if order is None else (self.weight(order, self.width(x)),)
+        kind = "int" if bits else "none"
+        return self.add_node("encode", name, (x,), weights, kind=kind, group=group, bits=list(bits))[0]
+
     def attention(
         self,
         name: str,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gristmill.program.costs import Work
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+ENCODINGS = ("none", "int")
 DTYPES = ("f32",)
 
 
@@ -272,6 +273,35 @@ def head_rmsnorm(s: Site) -> tuple[Shape, ...]:
 def linear(s: Site) -> tuple[Shape, ...]:
     """y = x @ weight.T + bias"""
     return ((s.matrix(0)[0], s.products()[0]),)
+
+
+@op(
+    "encode",
+    weights=("order",),
+    optional=1,
+    attributes={"kind": ENCODINGS, "group": int, "bits": list},
+    operations=_per_element(3),
+)
+def encode(s: Site) -> tuple[Shape, ...]:
+    """y = Q(x[:, order]): the row as an integer linear is given it; without order, its own columns
+
+    kind int: per row and group of `group` columns (the last may be ragged), with L = 2^(b - 1) - 1 and b the
+    group's entry of `bits`, or its only one: scale = max|x| / L, y = scale * round(x / scale), to even.
+    kind none: the columns alone.
+    """
+    a, width = s.node.attributes, s.matrix(0)[1]
+    if s.weights:
+        s.vector(0, width)
+    if a["kind"] == "none":
+        if a["group"] or a["bits"] or not s.weights:
+            s.fail("encode of kind none takes an order, and neither group nor bits")
+        return (s.inputs[0].shape,)
+    if a["group"] < 8 or a["group"] % 8:
+        s.fail(f"groups are multiples of 8 columns, not {a['group']}")
+    groups = -(-width // a["group"])
+    if len(a["bits"]) not in (1, groups) or any(type(b) is not int or not 2 <= b <= 8 for b in a["bits"]):
+        s.fail(f"bits {a['bits']!r} are neither one number from 2 to 8 nor {groups} of them")
+    return (s.inputs[0].shape,)
 
 
 @op(

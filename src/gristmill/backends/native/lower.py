@@ -24,6 +24,10 @@ from gristmill.program.nodes import Node, Program
 
 ALL = -1
 """Rows of every phase."""
+_NOWHERE = -1
+"""In place of a buffer of floats that exists in encodings alone."""
+_Term = tuple[list[tuple[int, int, int]], int, int, bool]
+"""Products (weight, input, input of prompts or -1), output, bias or -1, accumulate."""
 
 _GATES = {"silu": 0, "gelu_tanh": 1}
 
@@ -77,6 +81,7 @@ class _Lowering:
         self.specs: dict[int, tuple[Any, ...]] = {}
         self.owned: dict[str, list[int]] = defaultdict(list)
         self.done: set[int] = set()
+        self.passed: list[int] = []  # nodes that the linear at hand has taken along
         self.vectors: dict[tuple[str, float], int] = {}
         self.ropes: dict[str, int] = {}
 
@@ -123,6 +128,7 @@ class _Lowering:
         source = self.buffers[name]
         if kind == "f32":
             return source.index
+        assert source.index != _NOWHERE or kind == "int8"
         group = w.group if kind == "int8" else 0
         padded = w.padded
         key = (name, kind, group, padded, phase)
@@ -139,6 +145,8 @@ class _Lowering:
     def inputs(self, name: str, w: NativeWeight) -> tuple[int, int]:
         """The buffers that a term of weight `w` reads: in general, and for rows of prompts or -1."""
         kind = self.arithmetic(w)
+        if self.buffers[name].index == _NOWHERE:
+            return self.encode(name, "int8", w), -1
         if kind == "int8" and prompt_in_bf16(self.native, w):
             return self.encode(name, "int8", w, GENERATED), self.encode(name, "bf16", w, PROMPT)
         return self.encode(name, kind, w), -1
@@ -203,72 +211,155 @@ class _Lowering:
         )
         self.alias(node.outputs[0], name)
 
+    def op_encode(self, i: int, node: Node) -> None:
+        """Integers for the integer linears under `fast`, else the rounded values."""
+        name, output = node.inputs[0], node.outputs[0]
+        source = self.buffers[name]
+        a = node.attributes
+        order = self.order(node.weights[0], source.width) if node.weights else []
+        groups = -(-source.width // a["group"]) if a["group"] else 0
+        limits = [2.0 ** (b - 1) - 1 for b in (a["bits"] if len(a["bits"]) != 1 else a["bits"] * groups)]
+        readers = [self.nodes[j] for j in self.readers[output]]
+        if a["kind"] == "int" and self.activations == "fast":
+            self.buffers[output] = _Buffer(_NOWHERE, source.width, source.logits)
+            for reader in readers:
+                w = self.weight(reader.weights[0]) if reader.op == "linear" else None
+                same = w is not None and (w.group == a["group"] or (groups == 1 and w.group >= source.width))
+                if w is None or not w.integer or not same:
+                    raise ModelError(
+                        f"the native backend cannot run node {reader.name!r}: its input is rounded in groups "
+                        f"of {a['group']} columns, and its weight is not"
+                    )
+                key = (output, "int8", w.group, w.padded, ALL)
+                if key not in self.encoded:
+                    index = self.acquire(
+                        _native.Encoding.INT8,
+                        source.logits,
+                        source.width,
+                        padded=w.padded,
+                        group=w.group,
+                        private=True,
+                    )
+                    self.native.add_encode(
+                        f"{node.name}.int8", source.index, index, ALL, limits=limits, order=order
+                    )
+                    self.encoded[key] = index
+                    self.owned[output].append(index)
+            return
+        out = self.define(output, source.width, source.logits, private=True)
+        self.native.add_encode(
+            node.name, source.index, out.index, ALL, group=a["group"], limits=limits, order=order
+        )
+
+    def order(self, name: str, width: int) -> list[int]:
+        """A permutation of the columns, kept as a vector of floats."""
+        values = self.vector(name)
+        if not np.array_equal(np.sort(values), np.arange(width, dtype=np.float32)):
+            raise ModelError(f"the vector {name!r} is no order of {width} columns")
+        return [int(v) for v in values]
+
     def op_linear(self, i: int, node: Node) -> None:
         source = node.inputs[0]
-        group = [j for j in self.readers[source] if j not in self.done and self.nodes[j].op == "linear"]
+        # The first half of a low-rank branch goes before the linears that its second half is added to.
+        first = self.feeds_linears(i)
+        group = [
+            j
+            for j in self.readers[source]
+            if j not in self.done and self.nodes[j].op == "linear" and self.feeds_linears(j) == first
+        ]
         # Later linears of the same input go along only while their outputs stay unread until then.
-        weights = {j: self.weight(self.nodes[j].weights[0]) for j in group}
-        gated = self.gated_pair(group, weights)
-        terms: list[tuple[int, int, int, int, bool, int]] = []
+        terms: list[_Term] = []
+        finished: dict[int, str] = {}  # member -> the buffer that holds its result in the end
         for j in group:
-            member = self.nodes[j]
-            w = weights[j]
-            bias = self.add_vector(member.weights[1]) if len(member.weights) > 1 else -1
-            source_buffer = self.buffers[source]
-            if w.columns != source_buffer.width:
-                raise ModelError(
-                    f"weight {member.weights[0]!r} has {w.columns} columns, "
-                    f"but its input has {source_buffer.width}"
-                )
-            residual = self.residual_of(j) if len(group) == 1 else None
-            encoded, prompt = self.inputs(source, w)
-            if residual is not None:
-                position, old = residual
-                terms.append((w.index, encoded, self.buffers[old].index, bias, True, prompt))
-                self.alias(self.nodes[position].outputs[0], old)
-                self.done.add(position)
-            else:
-                out = self.define(member.outputs[0], w.rows, source_buffer.logits)
-                terms.append((w.index, encoded, out.index, bias, False, prompt))
+            products = [self.product(source, j)]
+            sources = {source}
+            bias = self.nodes[j].weights[1:]
+            total = self.nodes[j].outputs[0]
+            accumulate = False
             self.done.add(j)
+            while (addition := self.addition_to(total)) is not None:
+                position, other = addition
+                branch = self.branch(other)
+                if branch is not None and not (bias and self.nodes[branch].weights[1:]):
+                    # Another product of the same output rows: a low-rank branch or an adapter.
+                    sources.add(self.nodes[branch].inputs[0])
+                    products.append(self.product(self.nodes[branch].inputs[0], branch))
+                    bias = bias or self.nodes[branch].weights[1:]
+                    self.done |= {branch, position}
+                    self.passed.append(branch)
+                elif (
+                    not accumulate
+                    and other in self.buffers
+                    and other not in sources
+                    and self.last_use(other, position)
+                ):
+                    self.alias(self.nodes[position].outputs[0], other)
+                    self.done.add(position)
+                    accumulate = True
+                else:
+                    break
+                self.passed.append(position)
+                total = self.nodes[position].outputs[0]
+            w = self.weight(self.nodes[j].weights[0])
+            if not accumulate:
+                self.define(total, w.rows, self.buffers[source].logits)
+            vector = self.add_vector(bias[0]) if bias else -1
+            terms.append((products, self.buffers[total].index, vector, accumulate))
+            finished[j] = total
+        gated = self.gated_pair(list(finished.values()), terms)
         gate = -1
         if gated is not None:
             act = self.nodes[gated]
             gate = _GATES[str(act.attributes["activation"])]
-            names = [self.nodes[j].outputs[0] for j in group]
-            if names != list(act.inputs):
+            if list(finished.values()) != list(act.inputs):
                 terms.reverse()
             self.alias(act.outputs[0], act.inputs[0])
             self.done.add(gated)
+            self.passed.append(gated)
         self.native.add_linears(node.name, terms, gate)
-        for j in group:
+        for j in [*group, *self.passed]:
             self.release(j)
-        if gated is not None:
-            self.release(gated)
+        self.passed.clear()
 
-    def gated_pair(self, group: list[int], weights: Mapping[int, NativeWeight]) -> int | None:
-        """The gated node that reads exactly the two linears of `group`, if there is one."""
-        if len(group) != 2:
+    def feeds_linears(self, j: int) -> bool:
+        readers = self.readers[self.nodes[j].outputs[0]]
+        return bool(readers) and all(self.nodes[r].op == "linear" for r in readers)
+
+    def product(self, source: str, j: int) -> tuple[int, int, int]:
+        """(weight, input, input of prompts) of linear node j, which reads `source`."""
+        name = self.nodes[j].weights[0]
+        w = self.weight(name)
+        if w.columns != self.buffers[source].width:
+            raise ModelError(
+                f"weight {name!r} has {w.columns} columns, but its input has {self.buffers[source].width}"
+            )
+        return (w.index, *self.inputs(source, w))
+
+    def gated_pair(self, outputs: list[str], terms: list[_Term]) -> int | None:
+        """The gated node that reads exactly these two results, if there is one."""
+        if len(outputs) != 2 or any(accumulate for *_, accumulate in terms):
             return None
-        outputs = [self.nodes[j].outputs[0] for j in group]
         first = self.readers[outputs[0]]
         if len(first) != 1 or self.readers[outputs[1]] != first:
             return None
         node = self.nodes[first[0]]
-        same = weights[group[0]].rows == weights[group[1]].rows
+        same = self.buffers[outputs[0]].width == self.buffers[outputs[1]].width
         return first[0] if node.op == "gated" and same and sorted(node.inputs) == sorted(outputs) else None
 
-    def residual_of(self, j: int) -> tuple[int, str] | None:
-        """(position, other input) of the addition that alone reads linear j and may be done in place."""
-        output = self.nodes[j].outputs[0]
-        readers = self.readers[output]
+    def addition_to(self, name: str) -> tuple[int, str] | None:
+        """(position, other input) of the addition that alone reads `name`."""
+        readers = self.readers[name]
         if len(readers) != 1 or self.nodes[readers[0]].op != "add":
             return None
-        position = readers[0]
-        others = [name for name in self.nodes[position].inputs if name != output]
-        if len(others) != 1 or others[0] not in self.buffers or not self.last_use(others[0], position):
+        others = [other for other in self.nodes[readers[0]].inputs if other != name]
+        return (readers[0], others[0]) if len(others) == 1 else None
+
+    def branch(self, name: str) -> int | None:
+        """The linear still to be done that writes `name` for one reader, from an input that is there."""
+        j = self.writer.get(name, -1)
+        if j < 0 or j in self.done or self.nodes[j].op != "linear" or len(self.readers[name]) != 1:
             return None
-        return position, others[0]
+        return j if self.nodes[j].inputs[0] in self.buffers else None
 
     def op_add(self, i: int, node: Node) -> None:
         a, b = node.inputs

@@ -84,6 +84,28 @@ def _linears(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> t
     )
 
 
+def _encode(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    rows = x[0][:, w[0].long()] if w else x[0]
+    if n.attributes["kind"] == "none":
+        return (rows,)
+    group, width = n.attributes["group"], rows.shape[1]
+    groups = -(-width // group)
+    bits = torch.tensor(n.attributes["bits"]).expand(groups)
+    return (round_rows(rows, group, 2.0 ** (bits - 1) - 1),)
+
+
+def round_rows(x: Tensor, group: int, limit: Tensor) -> Tensor:
+    """x [T, K] rounded per row and group: `limit` [groups] is the largest code of each (see op `encode`)."""
+    width = x.shape[1]
+    groups = len(limit)
+    wide = torch.nn.functional.pad(_wide(x), (0, groups * group - width)).reshape(len(x), groups, group)
+    top = wide.abs().amax(-1, keepdim=True)
+    limit = limit.to(wide.dtype)[:, None]
+    # As in the kernels: a reciprocal first, and a group next to zero is zero.
+    codes = torch.where(top > 1e-30, (wide * (limit / top)).round(), 0.0)
+    return (codes * (top / limit)).reshape(len(x), -1)[:, :width].to(x.dtype)
+
+
 def _activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
@@ -178,6 +200,7 @@ FUNCTIONS: dict[str, Function] = {
     "embedding": _embedding,
     "rmsnorm": _rmsnorm,
     "head_rmsnorm": _head_rmsnorm,
+    "encode": _encode,
     "linear": _linears,
     "linears": _linears,
     "gated": _gated,
