@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from gristmill.api import ChatSession, Model, load
+    from gristmill.compress import compress
     from gristmill.engine.result import Chunk, Result, Timings, TokenLogprob
     from gristmill.engine.sampling import SamplingParams
     from gristmill.errors import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UsageError,
     )
+    from gristmill.methods.recipe import Recipe
     from gristmill.program.batch import CancelFlag
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "GristmillError": "gristmill.errors",
     "Model": "gristmill.api",
     "ModelError": "gristmill.errors",
+    "Recipe": "gristmill.methods.recipe",
     "Result": "gristmill.engine.result",
     "SamplingParams": "gristmill.engine.sampling",
     "TemplateError": "gristmill.errors",
@@ -44,6 +47,7 @@ _HOMES = {
     "TokenLogprob": "gristmill.engine.result",
     "TokenizerError": "gristmill.errors",
     "UsageError": "gristmill.errors",
+    "compress": "gristmill.compress",
     "load": "gristmill.api",
 }
 """Public name -> the module it is defined in."""
@@ -56,6 +60,7 @@ __all__ = [
     "GristmillError",
     "Model",
     "ModelError",
+    "Recipe",
     "Result",
     "SamplingParams",
     "TemplateError",
@@ -64,6 +69,7 @@ __all__ = [
     "TokenizerError",
     "UsageError",
     "__version__",
+    "compress",
     "load",
 ]
 

@@ -64,7 +64,7 @@ def load(
         isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most
     ):
         raise UsageError(f"context must be between 1 and the model's {most}, not {context!r}")
-    memory = plan(checkpoint.config, checkpoint.weight_bytes, kv_dtype, context or most)
+    memory = plan(checkpoint.program(), checkpoint.weight_bytes, kv_dtype, context or most)
     if context is None and memory.largest_context >= LEAST_CONTEXT:
         context = memory.largest_context
     else:

@@ -94,7 +94,6 @@ def program(
     """
     from gristmill.io.checkpoint import Checkpoint
     from gristmill.io.memory import KV_BYTES
-    from gristmill.models import build_program
     from gristmill.program.costs import Work
     from gristmill.program.render import render
 
@@ -106,7 +105,7 @@ def program(
     work = Work.decode(batch, context) if prefill is None else Work.prefill(prefill)
     checkpoint = Checkpoint.open(_converted(model, weights, progress))
     rendered = render(
-        build_program(checkpoint.config),
+        checkpoint.program(),
         work,
         weight_bytes=lambda name: sum(extent.nbytes for extent in checkpoint.extents(name).values()),
         formats={name: _format(spec.to_json()) for name, spec in checkpoint.specs.items()},

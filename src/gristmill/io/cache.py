@@ -1,4 +1,4 @@
-"""The cache of converted models: `$GRISTMILL_CACHE`, or the platform's cache directory.
+"""The cache of converted models: `$GRISTMILL_CACHE`, or gristmill in the user's cache directory.
 
     sources/<key>.json     content hash of a set of source files; the key is made of path, size, mtime, inode
     checkpoints/<name>/    finished checkpoint directories, named by content hash, versions and weight mode
@@ -34,9 +34,8 @@ def root() -> Path:
     chosen = os.environ.get("GRISTMILL_CACHE")
     if chosen:
         return Path(chosen).expanduser()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("gristmill", appauthor=False)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and base.startswith("/") else Path.home() / ".cache") / "gristmill"
 
 
 def storage_error(error: OSError, doing: str) -> GristmillError:

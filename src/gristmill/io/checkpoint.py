@@ -1,5 +1,7 @@
 """Checkpoint directories: config.json, tokenizer files, model.safetensors, recipe.yaml, report.json.
 
+Where a recipe has changed what the model computes, program.json holds the semantic program to run.
+
 The config is a Hugging Face one; its `quantization_config` has `"quant_method": "gristmill"`, `"version": 1`
 and under `tensors` the format of every matrix (see `gristmill.formats.packed`). A matrix `x` is stored as
 `x.codes`, `x.scales`, `x.mins` or `x.values`; norms and biases are float32 vectors under their own names.
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +27,18 @@ from numpy.typing import NDArray
 from gristmill.errors import ModelError
 from gristmill.formats.packed import DTYPES, ROWS, Packed, PackedSpec
 from gristmill.io.expected import Shapes, check_tensors, expected_tensors
-from gristmill.io.json_file import read_object
-from gristmill.io.mapped import short
+from gristmill.io.json_file import parse_object, read_object
+from gristmill.io.mapped import read_small, short
 from gristmill.io.safetensors import SafetensorsFile, Writer, byte_view
+
+if TYPE_CHECKING:
+    from gristmill.program.nodes import Program
 
 VERSION = 1
 """Version of the directory's format."""
 WEIGHTS = "model.safetensors"
+PROGRAM = "program.json"
+_PROGRAM_LIMIT = 64 << 20
 _CHUNK = 1 << 20
 """Weights of one piece: bounds the memory of a conversion whatever the model's size."""
 _WORKERS = 8
@@ -81,10 +88,13 @@ def write(
     *,
     report: Mapping[str, Any],
     recipe: str,
+    program: Program | None = None,
     progress: Progress | None = None,
     label: str = "converting",
 ) -> None:
     """Writes config, weights, recipe and report into an existing directory.
+
+    program: what to run, if it is not what the config alone says; it names the same tensors as `items`.
 
     Matrices are made in pieces, a few at a time on all processors, so that memory stays small. Raises OSError
     when the disk is full; the caller removes the directory then.
@@ -121,6 +131,10 @@ def write(
         "weight_bytes": sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in layout.values()),
     }
     hashes = {name: digest.hexdigest() for name, digest in digests.items()}
+    if program is not None:
+        text = program.to_json().encode()
+        (directory / PROGRAM).write_bytes(text)
+        hashes[PROGRAM] = hashlib.sha256(text).hexdigest()
     dump_json(directory / "report.json", {"version": VERSION, **report, **figures, "sha256": hashes})
     (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
@@ -191,7 +205,13 @@ class Checkpoint:
         self.config = read_object(directory / "config.json")
         self.specs = read_specs(directory, self.config)
         self._file = SafetensorsFile(directory / WEIGHTS)
-        expected = expected_tensors(self.config)
+        self._program = _read_program(directory / PROGRAM)
+        self.edited = self._program is not None
+        """Whether a recipe has changed the program."""
+        if self._program is None:
+            expected = expected_tensors(self.config)
+        else:
+            expected = {name: weight.shape for name, weight in self._program.weights.items()}
         self._names = tuple(expected)
         self._check(expected)
 
@@ -229,6 +249,14 @@ class Checkpoint:
         for name, shape in found.items():
             if (len(shape) == 2) != (name in specs):
                 raise ModelError(f"{directory}: the tensor {name} is stored as the wrong kind")
+
+    def program(self) -> Program:
+        """The semantic program to run: a recipe's, or the one that follows from the config."""
+        if self._program is None:
+            from gristmill.models import build_program
+
+            self._program = build_program(self.config)
+        return self._program
 
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, matrices and vectors, in the order of the model's layers."""
@@ -280,6 +308,10 @@ class Checkpoint:
         hashes = report.get("sha256")
         if not isinstance(hashes, dict):
             raise ModelError(f"{self.directory / 'report.json'} holds no hashes to verify against")
+        if self.edited:
+            text = read_small(self.directory / PROGRAM, _PROGRAM_LIMIT)
+            if hashes.get(PROGRAM) != hashlib.sha256(text).hexdigest():
+                raise ModelError(f"{self.directory / PROGRAM} is not what was written (SHA-256 differs)")
         for name in self._file.entries:
             digest = hashlib.sha256(byte_view(self._file.array(name))).hexdigest()
             if hashes.get(name) != digest:
@@ -287,6 +319,23 @@ class Checkpoint:
                     f"{self._file.path}: the tensor {name} is not what was written (SHA-256 differs)"
                 )
         return len(self._file.entries)
+
+
+def _read_program(path: Path) -> Program | None:
+    """The program in a file that may be damaged or hostile; None if there is no such file."""
+    if not path.is_file():
+        return None
+    from gristmill.program.checker import check
+    from gristmill.program.nodes import SEMANTIC, Program, ProgramError
+
+    text = json.dumps(parse_object(read_small(path, _PROGRAM_LIMIT), str(path)))
+    try:
+        program = check(Program.from_json(text))
+        if program.level != SEMANTIC:
+            raise ProgramError("it is not a semantic program")
+    except (ProgramError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ModelError(f"{path} is no valid program: {str(error)[:300]}") from None
+    return program
 
 
 def is_checkpoint(config: Mapping[str, Any]) -> bool:

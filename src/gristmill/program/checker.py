@@ -174,7 +174,10 @@ def _check_attributes(op: Op, attributes: Mapping[str, Any]) -> None:
         choices = kind if isinstance(kind, tuple) else (kind,)
         # The exact type, so that True is no int and equal programs have equal text.
         good = (value if isinstance(choices[0], str) else type(value)) in choices
-        if not good or (isinstance(value, float) and not math.isfinite(value)):
+        wild = (isinstance(value, float) and not math.isfinite(value)) or (
+            type(value) is int and abs(value) >= 1 << 31
+        )
+        if not good or wild:
             raise ProgramError(f"attribute {name} = {value!r} is not of {choices}")
     if op.weights is None and any(type(flag) is not bool for flag in attributes["biases"]):
         raise ProgramError(f"attribute biases = {attributes['biases']!r} must be a list of booleans")

@@ -179,10 +179,9 @@ class NativeExecutor:
         activations None: `fast` for integer formats, else as stored.
         """
         from gristmill.io.checkpoint import Checkpoint
-        from gristmill.models import build_program
 
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-        program = build_program(checkpoint.config)
+        program = checkpoint.program()
         return cls(
             program,
             _Tensors(checkpoint.packed, checkpoint.specs),

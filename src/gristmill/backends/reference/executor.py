@@ -111,7 +111,6 @@ class ReferenceExecutor:
         """
         from gristmill.formats.packed import decode
         from gristmill.io.checkpoint import Checkpoint
-        from gristmill.models import build_program
 
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         if dtype not in DTYPES:
@@ -122,7 +121,7 @@ class ReferenceExecutor:
                 weights[name] = torch.from_numpy(decode(checkpoint.packed(name))).to(DTYPES[dtype])
             else:
                 weights[name] = torch.from_numpy(np.array(checkpoint.vector(name)))
-        return cls(build_program(checkpoint.config), weights, dtype=dtype)
+        return cls(checkpoint.program(), weights, dtype=dtype)
 
     def allocate(self, capacity: int) -> ReferenceKVView:
         """An empty view for a sequence of up to `capacity` tokens."""

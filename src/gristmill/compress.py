@@ -1,0 +1,180 @@
+"""compress: a model and a recipe become a checkpoint directory."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gristmill.errors import GristmillError, UsageError
+from gristmill.formats import dense
+from gristmill.io import checkpoint
+from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Progress, Vector
+from gristmill.io.convert import copy_sides, prepare
+from gristmill.io.json_file import read_object
+from gristmill.methods.draft import Draft
+from gristmill.methods.recipe import Recipe
+from gristmill.version import __version__
+
+QUALITY_TOKENS = 4096
+"""Tokens of the evaluation whose figures go into report.json."""
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    evaluate: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Applies a recipe to a model and writes the checkpoint directory `out`; returns its report.
+
+    recipe: a Recipe, a YAML file, or the name of a method. evaluate: measure the result against the base (its
+    weights as stored, decoded to f32; exact arithmetic; f32 KV) and put the figures into report.json.
+
+    What is computed at length is kept in a hidden directory beside `out` until the end: called again with the
+    same model and recipe, an interrupted run resumes and gives the same bytes. Raises UsageError for a recipe
+    that does not suit the model, if `out` exists, or if another recipe's unfinished work is in the way;
+    GristmillError if nothing can be written.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    target = Path(out).expanduser().absolute()
+    if target.exists():
+        raise UsageError(f"{target} exists already")
+    source = Checkpoint.open(prepare(model, progress=progress))
+    chosen = recipe.plan(source.program())
+    if recipe.calibrated:
+        _need_torch()
+    try:
+        with _workplace(target, _identity(source, recipe)) as work:
+            draft = Draft(source, calibration=recipe.calibration, kept=work / "steps", progress=progress)
+            for entry, tensors in zip(recipe.entries, chosen, strict=True):
+                entry.method.apply(draft, entry.options, tensors)
+            result = work / "result"
+            shutil.rmtree(result, ignore_errors=True)
+            result.mkdir()
+            write(draft, recipe, result, floats=recipe.floats, progress=progress)
+            if evaluate:
+                _add_quality(result, model, progress)
+            report = read_object(result / "report.json")
+            os.rename(result, target)
+    except OSError as error:
+        raise GristmillError(f"writing {target} failed: {error.strerror or error}") from None
+    return report
+
+
+def write(
+    draft: Draft, recipe: Recipe, directory: Path, *, floats: str, progress: Progress | None = None
+) -> None:
+    """Writes a draft into an existing, empty directory as a checkpoint.
+
+    Matrices that no method finished stay as the source stores them, or become `floats` if they were changed.
+    """
+    source = draft.source
+    items: dict[str, Item] = {}
+    for name, weight in draft.program.weights.items():
+        if len(weight.shape) == 1:
+            items[name] = Vector(weight.shape[0], partial(draft.weight, name))
+        elif name in draft.packed:
+            packed = draft.packed[name]
+            items[name] = Matrix(packed.spec, packed.rows)
+        elif name in draft.changed:
+            values = draft.weight(name)
+            if floats == "f16" and float(np.abs(values).max()) > 65504:
+                raise UsageError(f"{name} holds values beyond f16: choose `floats: bf16`")
+            items[name] = Matrix(dense.spec(weight.shape, floats), partial(_dense_rows, values, floats))
+        else:
+            stored = source.packed(name)
+            items[name] = Matrix(stored.spec, stored.rows)
+    kept = read_object(source.directory / "report.json") if (source.directory / "report.json").exists() else {}
+    report = {
+        "model": kept.get("model", source.directory.name),
+        "weights": recipe.name or "recipe",
+        "methods": [entry.method.name for entry in recipe.entries],
+        "calibration": draft.calibration_name or None,
+        "source": kept.get("source"),
+        "gristmill": __version__,
+    }
+    copy_sides(source.directory, directory)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    edited = source.edited or draft.program != source.program()
+    checkpoint.write(
+        directory,
+        config,
+        items,
+        report=report,
+        recipe=recipe.to_yaml(),
+        program=draft.program if edited else None,
+        progress=progress,
+        label="writing",
+    )
+
+
+def _dense_rows(values: np.ndarray[Any, Any], floats: str, start: int, stop: int) -> Any:
+    return dense.pack(values[start:stop], floats)
+
+
+def _add_quality(directory: Path, model: str | Path, progress: Progress | None) -> None:
+    from gristmill.evaluate import run
+
+    found = run(directory, model, tokens=QUALITY_TOKENS, progress=progress)
+    wanted = ("tokens", "text", "kl_mean", "kl_p99", "top1_agreement", "perplexity", "base_perplexity")
+    report = read_object(directory / "report.json")
+    report["quality"] = {key: found[key] for key in wanted} | {
+        "modes": found["modes"],
+        "base_modes": found["base_modes"],
+    }
+    checkpoint.dump_json(directory / "report.json", report)
+
+
+def _identity(source: Checkpoint, recipe: Recipe) -> str:
+    """What must be the same for work to be resumed: the model's bytes, the recipe, the version."""
+    digest = hashlib.sha256(f"{__version__}\n{recipe.to_yaml()}\n".encode())
+    for name in ("config.json", "report.json", checkpoint.PROGRAM):
+        path = source.directory / name
+        digest.update(path.read_bytes() if path.exists() else b"")
+    info = (source.directory / checkpoint.WEIGHTS).stat()
+    digest.update(f"{info.st_size} {info.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _workplace(target: Path, identity: str) -> Iterator[Path]:
+    """A hidden directory beside `target` for one process; removed at the end unless the block raises."""
+    work = target.with_name(f".{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (work / "steps").mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is writing {target}") from None
+        state = work / "state.json"
+        known = json.loads(state.read_text()).get("identity") if state.exists() else identity
+        if known != identity:
+            raise UsageError(
+                f"{work} holds the unfinished work of another recipe or model: finish that, or remove it"
+            )
+        checkpoint.dump_json(state, {"identity": identity})
+        yield work
+        if target.exists():
+            shutil.rmtree(work)
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise UsageError(
+            "this recipe calibrates, which needs PyTorch: pip install 'gristmill[torch]' (rtn does without)"
+        )

@@ -1,0 +1,8 @@
+"""Published methods, one file each, in folders by what they change; and the recipes that combine them."""
+
+from __future__ import annotations
+
+from gristmill.methods.base import EXCLUSIVE, STACKABLE, Method, Options
+from gristmill.methods.registry import method, names
+
+__all__ = ["EXCLUSIVE", "STACKABLE", "Method", "Options", "method", "names"]

@@ -1,0 +1,79 @@
+"""What a method is: a paper, options, the slots it fills, and what it does to a draft of a model.
+
+Slots are aspects of a tensor. *Stackable* ones may be filled by several methods, which act in recipe order;
+each names the slots that it must precede. *Exclusive* ones have one owner per tensor. `recipe.plan` finds
+conflicts before anything is computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from gristmill.methods.draft import Draft
+    from gristmill.program.nodes import Program
+
+STACKABLE: dict[str, frozenset[str]] = {
+    # Slot -> the slots that must come later on the same tensor.
+    "smoothing": frozenset({"permutation", "low_rank", "pruning", "rounding"}),
+    "rotation": frozenset({"permutation", "low_rank", "pruning", "rounding"}),
+    "permutation": frozenset({"low_rank", "pruning", "rounding"}),
+    "low_rank": frozenset({"pruning", "rounding"}),
+    "pruning": frozenset({"rounding"}),
+    "key_scaling": frozenset({"rounding", "low_rank"}),
+}
+"""Slots that several methods may fill, with what must follow each. (Rounding a tensor ends it.)"""
+
+EXCLUSIVE = ("rounding", "weight_format", "activation_encoding", "kv_format")
+"""Slots with one owner per tensor."""
+
+
+class Options(BaseModel):
+    """Base of every method's options: unknown names and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Chosen = TypeVar("Chosen", bound=Options)
+
+
+class Method(ABC, Generic[Chosen]):
+    """A published technique. Subclasses are stateless; the module holds one instance, `METHOD`."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """One line: what it does."""
+    paper: ClassVar[str]
+    """Authors' short title, venue or year, and the arXiv id."""
+    options: ClassVar[type[Options]] = Options
+    calibrated: ClassVar[bool] = False
+    """Whether it runs the model over calibration text (and so needs PyTorch)."""
+
+    @abstractmethod
+    def slots(self, options: Chosen) -> Sequence[str]:
+        """The slots that it fills on the tensors it is applied to."""
+
+    def tensors(self, program: Program, options: Chosen) -> list[str]:
+        """The weights that it may be applied to: unless overridden, those of all linears but the head."""
+        return linear_weights(program)
+
+    @abstractmethod
+    def apply(self, draft: Draft, options: Chosen, tensors: Sequence[str]) -> None:
+        """Changes the draft. `tensors`: the weights chosen, in program order.
+
+        Long work goes through `draft.once`, so that an interrupted run resumes. Deterministic. Raises
+        UsageError for options that this model cannot be given.
+        """
+
+
+def linear_weights(program: Program) -> list[str]:
+    """The matrices of all linears in program order, but the one that makes the logits."""
+    return [
+        node.weights[0]
+        for node in program.nodes
+        if node.op == "linear" and program.output not in node.outputs
+    ]

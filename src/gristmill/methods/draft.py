@@ -1,0 +1,173 @@
+"""A model while methods work on it: the program, float weights, finished matrices, calibration, progress.
+
+What a method computes at length it wraps in `once`, which keeps the result on disk: an interrupted run takes
+it from there and, since everything else is computed anew in the same order, ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.errors import ModelError
+from gristmill.formats.packed import Packed, PackedSpec, decode_f32
+from gristmill.io.checkpoint import Checkpoint, Progress
+from gristmill.io.safetensors import SafetensorsFile, Writer
+from gristmill.methods.recipe import Calibration
+
+if TYPE_CHECKING:
+    from gristmill.backends.reference import ReferenceExecutor
+    from gristmill.program.nodes import Program
+
+Arrays = dict[str, NDArray[Any]]
+_KINDS = {"f4": "F32", "f8": "F64", "f2": "F16", "u1": "U8", "u2": "U16", "i4": "I32", "i8": "I64"}
+
+
+class Draft:
+    """The model being compressed. Weights are float32, matrices [N outputs, K inputs], by their names."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        *,
+        calibration: Calibration | None = None,
+        kept: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """source: the base model, "stored". kept: a directory for `once`, or None to keep nothing."""
+        self.source = source
+        self.program: Program = source.program()
+        self.calibration = calibration or Calibration()
+        self.packed: dict[str, Packed] = {}
+        """Finished matrices; `weight` gives what they decode to."""
+        self.changed: set[str] = set()
+        """Tensors whose values are no longer the source's."""
+        self.progress: Progress = progress or (lambda label, done, total: None)
+        self.calibration_name = ""
+        """The calibration text, once something has used it."""
+        self._kept = kept
+        self._step = 0
+        self._weights: dict[str, NDArray[np.float32]] = {}
+        self._executor: ReferenceExecutor | None = None
+
+    # Weights --------------------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """A tensor as it stands now, float32. Read only: `set` and `pack` change it."""
+        if name in self._weights:
+            return self._weights[name]
+        if name in self.packed:
+            return decode_f32(self.packed[name])
+        if name in self.source.specs:
+            return decode_f32(self.source.packed(name))
+        return self.source.vector(name)
+
+    def set(self, name: str, values: NDArray[np.float32]) -> None:
+        """Gives a tensor other float values. ModelError if they are not finite or the tensor is finished."""
+        if name in self.packed:
+            raise ModelError(f"{name} is finished: nothing may change it after its rounding")
+        values = np.ascontiguousarray(values, np.float32)
+        if not np.isfinite(values).all():
+            raise ModelError(f"{name} would hold values that are not finite")
+        self._weights[name] = values
+        self.changed.add(name)
+        self._update(name, values)
+
+    def pack(self, name: str, packed: Packed) -> None:
+        """Finishes a matrix: from now on it is what `packed` decodes to."""
+        self.packed[name] = packed
+        self.changed.add(name)
+        self._weights.pop(name, None)
+        if self._executor is not None:
+            self._update(name, decode_f32(packed))
+
+    def edit(self, program: Program) -> None:
+        """Replaces the program (see `gristmill.program.edits`). New weights must be `set` before it runs."""
+        self.program = program
+        self._executor = None
+
+    def _update(self, name: str, values: NDArray[np.float32]) -> None:
+        if self._executor is not None and name in self._executor.weights:
+            import torch
+
+            self._executor.weights[name] = torch.from_numpy(values)
+
+    # Running --------------------------------------------------------------------------------------------
+
+    @property
+    def executor(self) -> ReferenceExecutor:
+        """The model as it stands, in PyTorch float32. It follows `set` and `pack`, until the next `edit`."""
+        if self._executor is None:
+            from gristmill.backends.reference import ReferenceExecutor
+
+            self._executor = ReferenceExecutor(
+                self.program, {name: self.weight(name) for name in self.program.weights}
+            )
+        return self._executor
+
+    @cached_property
+    def sequences(self) -> list[list[int]]:
+        """The calibration text as token sequences."""
+        from gristmill.calibrate.text import calibration_text
+
+        chosen = self.calibration
+        text = calibration_text(
+            self.source.directory,
+            chosen.text,
+            tokens=chosen.tokens,
+            sequence=chosen.sequence,
+            seed=chosen.seed,
+        )
+        self.calibration_name = text.name
+        return text.sequences
+
+    # Results kept ---------------------------------------------------------------------------------------
+
+    def once(self, key: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
+        """The arrays that `compute` gives, or gave before the run was interrupted.
+
+        key: names the piece of work; the same calls must come in the same order in every run.
+        """
+        self._step += 1
+        if self._kept is None:
+            return dict(compute())
+        digest = hashlib.sha256(f"{self._step} {key}".encode()).hexdigest()[:16]
+        path = self._kept / f"{self._step:05d}-{digest}.safetensors"
+        if path.is_file():
+            file = SafetensorsFile(path)
+            return {name: np.array(file.array(name)) for name in file.entries}
+        arrays = {name: np.ascontiguousarray(value) for name, value in compute().items()}
+        layout = {name: (_KINDS[value.dtype.str[1:]], value.shape) for name, value in arrays.items()}
+        partial = path.with_suffix(".partial")
+        with Writer(partial, layout) as out:
+            for name, value in arrays.items():
+                out.write(name, 0, value)
+        os.replace(partial, path)
+        return arrays
+
+    def pack_once(self, key: str, names: Sequence[str], compute: Callable[[], Mapping[str, Packed]]) -> None:
+        """`pack` of several matrices whose packing takes long."""
+
+        def arrays() -> Arrays:
+            import json
+
+            result: Arrays = {}
+            for name, packed in compute().items():
+                result |= {f"{name}/{part}": array for part, array in packed.arrays.items()}
+                spec = json.dumps(packed.spec.to_json()).encode()
+                result[f"{name}/spec"] = np.frombuffer(spec, np.uint8)
+            return result
+
+        import json
+
+        found = self.once(key, arrays)
+        for name in names:
+            spec = PackedSpec.from_json(name, json.loads(found[f"{name}/spec"].tobytes()))
+            self.pack(name, Packed(spec, {part: found[f"{name}/{part}"] for part in spec.arrays()}))

@@ -1,0 +1,241 @@
+"""Recipes: an ordered list of methods with options and tensors, in YAML.
+
+calibration: {text: topics, tokens: 8192, sequence: 512, seed: 0}
+floats: bf16                     # how matrices that no method rounds are stored if they were changed
+methods:
+- method: smoothquant_plus
+  alpha: 0.5                     # options of the method
+- method: gptq
+  bits: 4
+  tensors: ["*.mlp.*"]           # patterns of weight names; all that the method can take, if left out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gristmill.errors import UsageError
+from gristmill.methods.base import EXCLUSIVE, STACKABLE, Method, Options
+from gristmill.methods.registry import method, names
+
+if TYPE_CHECKING:
+    from gristmill.program.nodes import Program
+
+_LIMIT = 1 << 20
+_Kind = TypeVar("_Kind", bound=BaseModel)
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(BaseModel):
+    """The text that methods are calibrated on: a file, `topics` (pydoc_data.topics) or `self` (samples)."""
+
+    model_config = _STRICT
+    text: str = "topics"
+    tokens: Annotated[int, Field(ge=2, le=1 << 24)] = 8192
+    sequence: Annotated[int, Field(ge=2, le=1 << 16)] = 512
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+
+class _Document(BaseModel):
+    model_config = _STRICT
+    version: Literal[1] = 1
+    name: Annotated[str, Field(max_length=100)] = ""
+    calibration: Calibration = Calibration()
+    floats: Literal["bf16", "f16", "f32"] = "bf16"
+    methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One method of a recipe."""
+
+    method: Method[Any]
+    options: Options
+    patterns: tuple[str, ...]
+    """Of weight names; empty: all that the method can take."""
+    line: int
+
+    def tensors(self, program: Program) -> list[str]:
+        """The weights that the method is applied to, in program order. UsageError if there are none."""
+        able = self.method.tensors(program, self.options)
+        chosen = [n for n in able if not self.patterns or any(fnmatchcase(n, p) for p in self.patterns)]
+        if not chosen:
+            raise UsageError(
+                f"line {self.line}: {self.method.name}: no tensor that it can take is named "
+                f"{' or '.join(self.patterns) or 'so'}"
+            )
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A validated recipe. Two recipes with the same `to_yaml` do the same."""
+
+    entries: tuple[Entry, ...]
+    name: str = ""
+    calibration: Calibration = field(default_factory=Calibration)
+    floats: str = "bf16"
+
+    @staticmethod
+    def load(source: str | Path) -> Recipe:
+        """A recipe from a YAML file or, for the name of a method, that method with its default options.
+
+        UsageError, naming the line, if it is not valid.
+        """
+        if isinstance(source, str) and source in names():
+            return Recipe.from_yaml(f"name: {source}\nmethods:\n- method: {source}\n", source)
+        path = Path(source).expanduser()
+        try:
+            if path.stat().st_size > _LIMIT:
+                raise UsageError(f"{path} is too large for a recipe")
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError(
+                f"{source} is neither a recipe file nor a method (methods: {', '.join(names())})"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the recipe {path}: {error}") from None
+        recipe = Recipe.from_yaml(text, str(path))
+        return recipe if recipe.name else Recipe(recipe.entries, path.stem, recipe.calibration, recipe.floats)
+
+    @staticmethod
+    def from_yaml(text: str, where: str = "recipe") -> Recipe:
+        """Reads YAML text. UsageError, naming the line, if it is not valid."""
+        import yaml
+
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None) or "not YAML"
+            raise UsageError(f"{where}, line {mark.line + 1 if mark else 1}: {problem}") from None
+        except (RecursionError, ValueError) as error:
+            raise UsageError(f"{where}: not YAML: {str(error)[:100]}") from None
+        lines = _Lines(node)
+        if not isinstance(data, dict):
+            raise UsageError(f"{where}, line 1: a recipe is a mapping with a list of methods")
+        document = _validated(_Document, data, where, lines, ())
+        entries = []
+        for i, item in enumerate(document.methods):
+            at = ("methods", i)
+            given = dict(item)
+            kind, patterns = given.pop("method", None), given.pop("tensors", [])
+            if not isinstance(kind, str):
+                raise UsageError(f"{where}, line {lines.of(at)}: an entry needs the name of a method")
+            patterns = [patterns] if isinstance(patterns, str) else patterns
+            if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+                raise UsageError(f"{where}, line {lines.of((*at, 'tensors'))}: tensors is a list of patterns")
+            try:
+                chosen = method(kind)
+            except UsageError as error:
+                raise UsageError(f"{where}, line {lines.of((*at, 'method'))}: {error}") from None
+            options = _validated(chosen.options, given, where, lines, at, prefix=f"{kind}: ")
+            entries.append(Entry(chosen, options, tuple(patterns), lines.of(at)))
+        return Recipe(tuple(entries), document.name, document.calibration, document.floats)
+
+    def to_yaml(self) -> str:
+        """The recipe with every option spelled out; reading it gives this recipe again."""
+        import yaml
+
+        methods = []
+        for entry in self.entries:
+            item: dict[str, Any] = {"method": entry.method.name, **entry.options.model_dump(mode="json")}
+            methods.append(item | ({"tensors": list(entry.patterns)} if entry.patterns else {}))
+        data = {
+            "version": 1,
+            "name": self.name,
+            "calibration": self.calibration.model_dump(),
+            "floats": self.floats,
+            "methods": methods,
+        }
+        return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether some method runs the model over calibration text."""
+        return any(entry.method.calibrated for entry in self.entries)
+
+    def plan(self, program: Program) -> list[list[str]]:
+        """The tensors of every entry; UsageError, naming both methods and the lines, for a conflict.
+
+        A conflict is an exclusive slot of one tensor with two owners, or a method whose slot must precede
+        that of a method before it.
+        """
+        chosen = [entry.tensors(program) for entry in self.entries]
+        filled: dict[tuple[str, str], Entry] = {}  # (tensor, slot) -> the last method that filled it
+        for entry, tensors in zip(self.entries, chosen, strict=True):
+            slots = entry.method.slots(entry.options)
+            for name in tensors:
+                for slot in slots:
+                    _check_slot(name, slot, entry, filled)
+            filled.update({(name, slot): entry for name in tensors for slot in slots})
+        return chosen
+
+
+def _check_slot(name: str, slot: str, entry: Entry, filled: Mapping[tuple[str, str], Entry]) -> None:
+    if slot in EXCLUSIVE and (owner := filled.get((name, slot))):
+        raise UsageError(
+            f"line {entry.line}: {entry.method.name} and {owner.method.name} (line {owner.line}) both fill "
+            f"the slot {slot} of {name}"
+        )
+    for later in STACKABLE.get(slot, ()):
+        if owner := filled.get((name, later)):
+            raise UsageError(
+                f"line {entry.line}: {entry.method.name} ({slot}) must come before {owner.method.name} "
+                f"({later}, line {owner.line}) on {name}"
+            )
+
+
+class _Lines:
+    """Line numbers of a YAML document's parts by their place: ("methods", 0, "bits")."""
+
+    def __init__(self, root: Any) -> None:
+        self._lines: dict[tuple[str | int, ...], int] = {}
+        self._walk(root, (), 0)
+
+    def _walk(self, node: Any, at: tuple[str | int, ...], depth: int) -> None:
+        if node is None or depth > 20:
+            return
+        self._lines.setdefault(at, node.start_mark.line + 1)
+        if node.id == "mapping":
+            for key, value in node.value:
+                self._lines[(*at, str(key.value))] = key.start_mark.line + 1
+                self._walk(value, (*at, str(key.value)), depth + 1)
+        elif node.id == "sequence":
+            for i, value in enumerate(node.value):
+                self._walk(value, (*at, i), depth + 1)
+
+    def of(self, at: Sequence[str | int]) -> int:
+        """The line of a place, or of the nearest one around it."""
+        place = tuple(at)
+        while place and place not in self._lines:
+            place = place[:-1]
+        return self._lines.get(place, 1)
+
+
+def _validated(
+    kind: type[_Kind],
+    data: Mapping[str, Any],
+    where: str,
+    lines: _Lines,
+    at: tuple[str | int, ...],
+    *,
+    prefix: str = "",
+) -> _Kind:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = tuple(first["loc"])
+        name = ".".join(str(part) for part in place)
+        problem = str(first["msg"])
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown option; known: {', '.join(kind.model_fields)}"
+        raise UsageError(f"{where}, line {lines.of((*at, *place))}: {prefix}{name}: {problem}") from None

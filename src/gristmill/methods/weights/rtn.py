@@ -1,0 +1,53 @@
+"""Round to nearest: the baseline of every weight method. Needs no calibration and no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gristmill.formats import group_int
+from gristmill.methods.base import Method, Options
+from gristmill.methods.draft import Draft
+
+
+class RtnOptions(Options):
+    """bits 2 to 8; group: columns per scale, 0 for the whole row; clip "mse" searches the scale."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group: Annotated[int, Field(ge=0, le=1024)] = 64
+    symmetric: bool = True
+    clip: Literal["none", "mse"] = "none"
+
+
+class Rtn(Method[RtnOptions]):
+    """Each group by its own scale, each weight to the nearest code."""
+
+    name = "rtn"
+    title = "Round to nearest group integers"
+    paper = "baseline"
+    options = RtnOptions
+
+    def slots(self, options: RtnOptions) -> Sequence[str]:
+        """It decides the codes and their format."""
+        return ("rounding", "weight_format")
+
+    def apply(self, draft: Draft, options: RtnOptions, tensors: Sequence[str]) -> None:
+        """Packs every tensor."""
+        for i, name in enumerate(tensors):
+            values = draft.weight(name)
+            draft.pack(
+                name,
+                group_int.round_group_int(
+                    values,
+                    bits=options.bits,
+                    group=options.group or values.shape[1],
+                    symmetric=options.symmetric,
+                    clip=options.clip,
+                ),
+            )
+            draft.progress("rounding", i + 1, len(tensors))
+
+
+METHOD = Rtn()
