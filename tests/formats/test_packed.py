@@ -23,6 +23,12 @@ def specs(shape: tuple[int, int]) -> list[PackedSpec]:
         PackedSpec("group_int", shape, 4, 16, 0, "f32", True),
         PackedSpec("group_int", shape, 8, 64, 128, "f16", True),
         PackedSpec("group_int", shape, 8, whole, 128, "f32"),
+        PackedSpec("group_int", shape, 4, 128, 8, "f16"),
+        PackedSpec("group_int", shape, 2, 16, 0, "f32", True),
+        PackedSpec("group_int", shape, 3, 128, 4, "f16"),
+        PackedSpec("group_int", shape, 5, 64, 0, "f16", True),
+        PackedSpec("group_int", shape, 6, 16, 32, "f32"),
+        PackedSpec("sparse24", shape, 4, 64, 8, "f16"),
     ]
 
 
@@ -32,11 +38,13 @@ def test_sizes_follow_from_the_rules(shape: tuple[int, int]) -> None:
     for spec in specs(shape):
         blocks = -(-n // 16)
         assert spec.blocks == blocks
-        if spec.format == "group_int":
+        if spec.format in ("group_int", "sparse24"):
             groups = -(-k // spec.group)
-            columns = groups * spec.group
+            # The last group is cut after its last 64 columns that hold any of the row.
+            columns = min(-(-k // 64) * 64, groups * spec.group)
+            bits = 3 if spec.format == "sparse24" else spec.bits
             scale_bytes = {"f16": 2, "f32": 4}[spec.scales] * (2 if spec.mins else 1)
-            expected = blocks * 16 * (columns * spec.bits // 8 + groups * scale_bytes)
+            expected = blocks * 16 * (columns * bits // 8 + groups * scale_bytes)
         else:
             columns = -(-k // 8) * 8
             expected = blocks * 16 * columns * {"f32": 4, "bf16": 2, "f16": 2}[spec.format]
@@ -57,6 +65,11 @@ def test_sizes_follow_from_the_rules(shape: tuple[int, int]) -> None:
         (PackedSpec("group_int", (64, 256), 8, 64, 128, "f16"), 8.25),
         (PackedSpec("group_int", (64, 256), 4, 32, 0, "f16", True), 5.0),
         (PackedSpec("group_int", (64, 256), 4, 16, 0, "f32", True), 8.0),
+        (PackedSpec("group_int", (64, 256), 6, 128, 32, "f16"), 6.125),
+        (PackedSpec("group_int", (64, 576), 5, 128, 16, "f16"), 5 + 16 * 5 / 576),  # no column is padded
+        (PackedSpec("group_int", (64, 256), 3, 32, 0, "f16", True), 4.0),
+        (PackedSpec("group_int", (64, 256), 2, 64, 2, "f16"), 2.25),
+        (PackedSpec("sparse24", (64, 256), 4, 64, 8, "f16"), 3.25),
         (PackedSpec("bf16", (64, 256)), 16.0),
         (PackedSpec("f32", (1, 8)), 32.0 * 16),  # one row of a block of sixteen
     ],
@@ -99,7 +112,10 @@ GOOD: dict[str, Any] = PackedSpec("group_int", (32, 64), 4, 32, 8, "f16").to_jso
                 {"shape": [32, -64]},
                 {"shape": [1 << 31, 64]},
                 {"shape": [10**100, 64]},
-                {"bits": 5},
+                {"bits": 0},
+                {"bits": 1},
+                {"bits": 7},
+                {"bits": 16},
                 {"bits": "4"},
                 {"bits": True},
                 {"group": 0},
@@ -114,6 +130,15 @@ GOOD: dict[str, Any] = PackedSpec("group_int", (32, 64), 4, 32, 8, "f16").to_jso
                 {"mins": 1},
                 {"mins": "yes"},
                 {"format": "f32"},  # with the fields of codes
+                {"bits": 2, "offset": 2, "group": 24},
+                {"bits": 3, "offset": 4, "group": 16},
+                {"bits": 5, "group": 48},
+                {"bits": 6, "group": 8},
+                {"bits": 6, "offset": 64},
+                {"format": "sparse24", "bits": 2, "offset": 2},
+                {"format": "sparse24", "offset": 0},
+                {"format": "sparse24", "mins": True},
+                {"format": "sparse24", "group": 16},
             )
         ),
     ],

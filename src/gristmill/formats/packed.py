@@ -3,11 +3,14 @@
 Layout "rows16", version 1. Sixteen output rows are interleaved, so that one vector register holds the same
 column of sixteen rows. With nb = ceil(N / 16) and Kp = the padded columns:
 
-- group integer, 8 bits: codes uint8 [nb, Kp/4, 16, 4]; byte j of lane r is row r, column 4*b + j of the
-  block.
-- group integer, 4 bits: codes uint8 [nb, Kp/8, 16, 4]; the low nibble is column 8*b + j, the high one 8*b + 4
-  + j.
-- their scales, and mins if any: float16 or float32 [nb, G, 16], G groups of `group` columns, Kp = G * group.
+- group integer of b bits: codes uint8 [nb, Kp*b/32, 16, 4]. A run of `unit(b)` columns is one piece of b/32
+  * unit(b) vectors of 64 bytes: its codes as planes, the low bits first (`PLANES`). In a plane of w bits byte
+  j of lane r holds 8/w columns of row r, lowest bits first: 4*p + j, 4*p + 4 + j and so on, where p is 8/w
+  times the number of the vector in the plane. So the 4 bytes of a lane, shifted and masked, are the codes of
+  4 neighbouring columns, at every width.
+- sparse24: see `gristmill.formats.sparse24`.
+- their scales, and mins if any: float16 or float32 [nb, G, 16], G groups of `group` columns, the last one
+  perhaps cut short: Kp is K rounded up to 64, or G * group if that is less.
   value = scale * (code - offset) + min.
 - dense bf16 and f16: [nb, Kp/2, 16, 2] (column pairs), f32: [nb, Kp, 16]; Kp = K rounded up to 8.
 
@@ -40,7 +43,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Array kinds by their safetensors name; bfloat16 is carried as its 16 bits in uint16."""
 
 DENSE = ("f32", "bf16", "f16")
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Bits per code -> widths of the planes that a code is cut into, its low bits first."""
 _LIMIT = 2**31 - 1
+_TILE = 64
+_SPARSE_UNIT = 32
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -48,14 +55,20 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def unit(bits: int) -> int:
+    """Columns of one piece of a row's codes: the fewest that fill whole vectors in every plane."""
+    return 32 // min(PLANES[bits])
+
+
 @dataclass(frozen=True, slots=True)
 class PackedSpec:
     """Everything about a packed matrix but its bytes.
 
-    `format` is "group_int", "f32", "bf16" or "f16"; `shape` is (N, K), unpadded. The other fields concern
-    group_int only: `bits` per code (4 or 8), `group` columns per scale (a multiple of 8; a whole row is K
-    rounded up to 8), `offset` subtracted from a code, `scales` ("f16" or "f32", the dtype of scales and
-    mins), `mins` whether there are minimums.
+    `format` is "group_int", "sparse24", "f32", "bf16" or "f16"; `shape` is (N, K), unpadded. The other fields
+    concern the first two: `bits` per code (2, 3, 4, 5, 6 or 8; sparse24: 4), `group` columns per scale (a
+    multiple of 8 and of `unit(bits)`, for sparse24 of 32; or the whole row, rounded up to that), `offset`
+    subtracted from a code (sparse24: 8), `scales` ("f16" or "f32", the dtype of scales and mins), `mins`
+    whether there are minimums (sparse24: none).
     """
 
     format: str
@@ -74,16 +87,22 @@ class PackedSpec:
             if self.bits or self.group or self.offset or self.scales or self.mins:
                 raise ModelError(f"a matrix of {self.format} values has neither codes nor groups")
             return
-        if self.format != "group_int":
+        if self.format not in ("group_int", "sparse24"):
             raise ModelError(f"unknown tensor format {self.format[:40]!r}")
-        if self.bits not in (4, 8):
-            raise ModelError(f"group_int codes have 4 or 8 bits, not {self.bits}")
-        if not (8 <= self.group <= round_up(max(k, 8), 8) or 8 <= self.group <= 1024) or self.group % 8:
-            raise ModelError(f"group_int groups are multiples of 8 columns within the row, not {self.group}")
+        if self.bits not in PLANES:
+            raise ModelError(f"{self.format} codes have 2, 3, 4, 5, 6 or 8 bits, not {self.bits}")
+        if self.format == "sparse24" and (self.bits != 4 or self.offset != 8 or self.mins):
+            raise ModelError("sparse24 codes have 4 bits, the offset 8 and no minimums")
+        step = _SPARSE_UNIT if self.format == "sparse24" else max(8, unit(self.bits))
+        if not step <= self.group <= max(round_up(k, step), 1024) or self.group % step:
+            raise ModelError(
+                f"groups of these {self.format} codes are multiples of {step} columns within the row, "
+                f"not {self.group}"
+            )
         if not 0 <= self.offset < 1 << self.bits:
             raise ModelError(f"the offset {self.offset} does not fit {self.bits}-bit codes")
         if self.scales not in ("f16", "f32"):
-            raise ModelError(f"group_int scales are f16 or f32, not {self.scales[:40]!r}")
+            raise ModelError(f"{self.format} scales are f16 or f32, not {self.scales[:40]!r}")
 
     @property
     def blocks(self) -> int:
@@ -98,17 +117,20 @@ class PackedSpec:
     @property
     def columns(self) -> int:
         """Kp, the padded columns."""
-        return self.groups * self.group if self.group else round_up(self.shape[1], 8)
+        if not self.group:
+            return round_up(self.shape[1], 8)
+        return min(round_up(self.shape[1], _TILE), self.groups * self.group)
 
     def arrays(self, blocks: int | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype name as in DTYPES, shape) of the arrays; of `blocks` row blocks only, if given."""
         nb = self.blocks if blocks is None else blocks
         if self.format == "f32":
             return {"values": ("F32", (nb, self.columns, ROWS))}
-        if self.format != "group_int":
+        if self.format in DENSE:
             return {"values": (self.format.upper(), (nb, self.columns // 2, ROWS, 2))}
+        bits = 3 if self.format == "sparse24" else self.bits
         result: dict[str, tuple[str, tuple[int, ...]]] = {
-            "codes": ("U8", (nb, self.columns * self.bits // 32, ROWS, 4)),
+            "codes": ("U8", (nb, self.columns * bits // 32, ROWS, 4)),
             "scales": (self.scales.upper(), (nb, self.groups, ROWS)),
         }
         if self.mins:
@@ -128,7 +150,7 @@ class PackedSpec:
     def to_json(self) -> dict[str, Any]:
         """The entry of this tensor in `quantization_config.tensors`."""
         entry: dict[str, Any] = {"format": self.format, "layout": LAYOUT, "shape": list(self.shape)}
-        if self.format == "group_int":
+        if self.format not in DENSE:
             entry |= {"bits": self.bits, "group": self.group, "offset": self.offset}
             entry |= {"scales": self.scales, "mins": self.mins}
         return entry
@@ -172,7 +194,7 @@ class Packed:
 
     @property
     def format(self) -> str:
-        """One of "group_int", "f32", "bf16", "f16"."""
+        """One of "group_int", "sparse24", "f32", "bf16", "f16"."""
         return self.spec.format
 
     @property
@@ -233,13 +255,15 @@ class Packed:
 
 def decode(packed: Packed) -> NDArray[np.float64]:
     """The matrix [N, K] in float64, exact for every format."""
-    from gristmill.formats import dense, group_int
+    from gristmill.formats import dense, group_int, sparse24
 
-    return group_int.decode(packed) if packed.format == "group_int" else dense.decode(packed)
+    decoders = {"group_int": group_int.decode, "sparse24": sparse24.decode}
+    return decoders.get(packed.format, dense.decode)(packed)
 
 
 def decode_f32(packed: Packed) -> NDArray[np.float32]:
     """The matrix [N, K] in float32: `decode`, rounded once, without the float64 copy where possible."""
-    from gristmill.formats import dense, group_int
+    from gristmill.formats import dense, group_int, sparse24
 
-    return group_int.decode_f32(packed) if packed.format == "group_int" else dense.decode_f32(packed)
+    decoders = {"group_int": group_int.decode_f32, "sparse24": sparse24.decode_f32}
+    return decoders.get(packed.format, dense.decode_f32)(packed)
