@@ -100,7 +100,8 @@ class ReferenceExecutor:
                     f"{list(declared.shape)}"
                 )
             self.weights[name] = tensor.to(self.dtype)
-        self._last_reader = {name: i for i, node in enumerate(program.nodes) for name in node.inputs}
+        self.last_reader = {name: i for i, node in enumerate(program.nodes) for name in node.inputs}
+        """For every buffer that is read, the index of the last node that does."""
         self._taps: list[tuple[frozenset[str], dict[str, list[Tensor]]]] = []
 
     @classmethod
@@ -170,7 +171,7 @@ class ReferenceExecutor:
                     if name in names:
                         seen[name].append(value)
             for name in node.inputs:
-                if self._last_reader[name] == i and name != self.program.output:
+                if self.last_reader[name] == i and name != self.program.output:
                     buffers.pop(name, None)
         for view, entries, length in zip(views, context.appended, context.lengths, strict=True):
             view.entries = entries

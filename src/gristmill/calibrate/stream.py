@@ -1,0 +1,143 @@
+"""Runs a model over many sequences, node by node: every layer can be seen, and changed, before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gristmill.backends.reference import ReferenceExecutor
+from gristmill.backends.reference.ops import Context, run
+from gristmill.errors import UsageError
+from gristmill.program.nodes import Node
+
+Rows = list[Tensor]
+"""A buffer of all sequences: one tensor [tokens, width] each, in the executor's dtype."""
+
+
+class Stream:
+    """A model's step over whole sequences, breadth first: every node runs over all of them before the next.
+
+        for node in stream:
+            if node.op == "linear":
+                x = stream.inputs(node)
+                executor.weights[node.weights[0]] = quantise(x)
+
+    A node is handed out before it runs. It then runs with what `executor.weights` holds at that moment, so
+    that later nodes see what was changed. Leaving the loop leaves the node at hand undone; another loop
+    begins with it. The weights may change at any time; what has been computed stays.
+
+    Memory: a buffer lives from the node that writes it to the last that reads it, so that at most the widest
+    block's buffers are held (four of 16 x 512 tokens and 1,536 columns take 200 MB in float32), and what
+    attention and the other nodes need besides is that of one sequence. The logits are the exception: all
+    their rows are kept if the last node runs. No gradients are recorded. A sequence's numbers do not depend
+    on the other sequences.
+    """
+
+    def __init__(self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int]]) -> None:
+        """sequences: token ids, each a whole prompt. UsageError for an empty one or an id out of range."""
+        self.executor = executor
+        self.program = executor.program
+        self._ids = [np.asarray(ids, np.int64) for ids in sequences]
+        if not self._ids:
+            raise UsageError("a calibration needs at least one sequence")
+        for ids in self._ids:
+            if ids.ndim != 1 or not len(ids):
+                raise UsageError("a calibration sequence must be a list of at least one token id")
+            if int(ids.min()) < 0 or int(ids.max()) >= executor.vocab_size:
+                raise UsageError(f"a token id is outside the vocabulary of {executor.vocab_size}")
+        self._index = {node.name: i for i, node in enumerate(self.program.nodes)}
+        self._held: dict[str, Rows] = {}
+        self._next = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self._ids))
+
+    def __iter__(self) -> Iterator[Node]:
+        """The nodes that have not run, each before it runs."""
+        while self._next < len(self.program.nodes):
+            node = self.program.nodes[self._next]
+            yield node
+            self._run(node)
+
+    def inputs(self, node: Node, index: int = 0) -> Rows:
+        """An input of a node, by default its first. UsageError if it is not computed yet, or not any more."""
+        return self._buffer(node.inputs[index])
+
+    def evaluate(self, node: Node, weights: Mapping[str, Tensor] | None = None) -> Rows:
+        """The first output of a node for other weights; nothing is kept.
+
+        weights: by name, in place of the executor's. UsageError as in `inputs`.
+        """
+        return self.evaluate_span(node, node, weights)
+
+    def evaluate_span(self, first: Node, last: Node, weights: Mapping[str, Tensor] | None = None) -> Rows:
+        """The first output of `last` after the nodes from `first` to `last` ran, as in `evaluate`.
+
+        What the span reads and does not write itself must be at hand: say, from q_proj to o_proj while q_proj
+        is the node at hand. The buffers in between are those of one sequence at a time.
+        """
+        start, stop = self._index[first.name], self._index[last.name]
+        if start > stop:
+            raise UsageError(f"node {last.name!r} does not come after {first.name!r}")
+        span = self.program.nodes[start : stop + 1]
+        written: set[str] = set()
+        for node in span:
+            for name in node.inputs:
+                if name not in written:
+                    self._buffer(name)
+            written.update(node.outputs)
+        used = self.executor.weights if weights is None else {**self.executor.weights, **weights}
+        result = []
+        for i in range(len(self._ids)):
+            own: dict[str, Tensor] = {}
+            for node in span:
+                inputs = [own[n] if n in own else self._held[n][i] for n in node.inputs]
+                own.update(zip(node.outputs, self._outputs(node, i, inputs, used), strict=True))
+            result.append(own[last.outputs[0]])
+        return result
+
+    def run_to_end(self) -> Rows:
+        """Runs all nodes that have not run: the program's output, as `output`."""
+        for _ in self:
+            pass
+        return self.output()
+
+    def output(self) -> Rows:
+        """The logits of every token, [tokens, vocab] per sequence. UsageError before the last node ran."""
+        return self._buffer(self.program.output)
+
+    def _buffer(self, name: str) -> Rows:
+        if name not in self._held:
+            raise UsageError(f"the stream does not hold the buffer {name!r} at this point")
+        return self._held[name]
+
+    def _run(self, node: Node) -> None:
+        inputs = [self._held[name] for name in node.inputs]
+        outputs: list[Rows] = [[] for _ in node.outputs]
+        for i in range(len(self._ids)):
+            values = self._outputs(node, i, [rows[i] for rows in inputs], self.executor.weights)
+            for rows, value in zip(outputs, values, strict=True):
+                rows.append(value)
+        for name, rows in zip(node.outputs, outputs, strict=True):
+            self._held[name] = rows
+        last = self.executor.last_reader
+        for name in [*node.inputs, *node.outputs]:
+            if last.get(name, self._next) == self._next and name != self.program.output:
+                self._held.pop(name, None)
+        self._next += 1
+
+    def _outputs(
+        self, node: Node, index: int, inputs: list[Tensor], weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """A node's outputs for one sequence."""
+        ids = torch.from_numpy(self._ids[index])
+        every = torch.arange(len(ids))
+        # Every node has a context of its own: what attention appends to its state is not needed again.
+        context = Context(ids, every, every, [len(ids)], [{}])
+        with torch.no_grad():
+            return run(context, node, inputs, [weights[name] for name in node.weights])
