@@ -496,3 +496,38 @@ def pull(
         output.show_json([tables.cached(entry) for entry in entries])
     else:
         output.show(tables.cached_table(entries, removed=prune))
+
+
+@app.command()
+@click.argument("model")
+@click.option("-r", "--recipe", required=True, help="A YAML file, or the name of a method.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="The checkpoint directory to write.")
+@click.option("--no-evaluate", is_flag=True, help="Do not measure the result against the base.")
+@as_json
+def compress(*, model: str, recipe: str, out: str, no_evaluate: bool, as_json: bool) -> None:
+    """Apply a recipe to MODEL and write a checkpoint directory, which is a model like any other.
+
+    An interrupted run resumes when it is called again. See `gristmill methods` for what a recipe may name.
+    """
+    from gristmill.compress import compress as run
+    from gristmill.terminal import recipes
+
+    with Bar() as bar:
+        report = run(model, recipe, out, evaluate=not no_evaluate, progress=bar)
+    shown = {key: value for key, value in report.items() if key != "sha256"} | {"out": str(out)}
+    output.show_json(shown) if as_json else output.show(recipes.compressed_table(shown))
+
+
+@app.command()
+@click.argument("name", required=False)
+@as_json
+def methods(*, name: str | None, as_json: bool) -> None:
+    """List the methods that recipes may name, with what was measured of each; or show NAME's options."""
+    from gristmill.methods import catalogue
+    from gristmill.terminal import recipes
+
+    found: Any = catalogue.describe(name) if name else catalogue.listing()
+    if as_json:
+        output.show_json(found)
+    else:
+        output.show(recipes.method_table(found) if name else recipes.methods_table(found))

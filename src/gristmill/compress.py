@@ -92,11 +92,14 @@ def write(
             values = draft.weight(name)
             if floats == "f16" and float(np.abs(values).max()) > 65504:
                 raise UsageError(f"{name} holds values beyond f16: choose `floats: bf16`")
-            items[name] = Matrix(dense.spec(weight.shape, floats), partial(_dense_rows, values, floats))
+            rows, columns = weight.shape
+            items[name] = Matrix(dense.spec((rows, columns), floats), partial(_dense_rows, values, floats))
         else:
             stored = source.packed(name)
             items[name] = Matrix(stored.spec, stored.rows)
-    kept = read_object(source.directory / "report.json") if (source.directory / "report.json").exists() else {}
+    kept = (
+        read_object(source.directory / "report.json") if (source.directory / "report.json").exists() else {}
+    )
     report = {
         "model": kept.get("model", source.directory.name),
         "weights": recipe.name or "recipe",

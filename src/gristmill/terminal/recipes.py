@@ -1,0 +1,68 @@
+"""Tables of methods and of what a recipe made of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gristmill.terminal.tables import plain_table, size
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
+
+def compressed_table(report: Mapping[str, Any]) -> RenderableType:
+    """The report of a compressed model."""
+    table = plain_table("", "")
+    table.show_header = False
+    table.add_row("written", str(report["out"]))
+    table.add_row("methods", ", ".join(report["methods"]))
+    if report["calibration"]:
+        table.add_row("calibration", str(report["calibration"]))
+    table.add_row("bits per weight", f"{report['bits_per_weight']:.2f}")
+    table.add_row("size", size(report["weight_bytes"]))
+    if quality := report.get("quality"):
+        table.add_row("KL to the base (nats)", f"{quality['kl_mean']:.4g}")
+        table.add_row("top-1 agreement", f"{100 * quality['top1_agreement']:.2f} %")
+        table.add_row("perplexity", f"{quality['perplexity']:.3f} (base {quality['base_perplexity']:.3f})")
+        table.add_row("measured on", f"{quality['tokens']} tokens of {quality['text']}")
+    return table
+
+
+def methods_table(listing: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """All methods, one per line; figures only where a stored run has them."""
+    columns = ("method", "what it does", "slots", "bits", "KL", "decode", "prefill", "measured", "paper")
+    table = plain_table(*columns, right=("bits", "KL", "decode", "prefill"))
+    for entry in listing:
+        found = entry["evidence"]
+        figures = ("", "", "", "", "no")
+        if found:
+            figures = (
+                f"{found['bits_per_weight']:.2f}",
+                f"{found['kl_mean']:.4g}",
+                f"{found['decode_ratio']:.2f}x",
+                f"{found['prefill_ratio']:.2f}x",
+                f"yes, {found['commit'][:8]}",
+            )
+        table.add_row(entry["name"], entry["title"], ", ".join(entry["slots"]), *figures, entry["paper"])
+    return table
+
+
+def method_table(entry: Mapping[str, Any]) -> Group:
+    """One method and its options."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = plain_table("option", "type", "default")
+    for name, schema in entry["options"].items():
+        kind = schema.get("type") or schema.get("enum") or [part.get("type") for part in schema["anyOf"]]
+        limits = [f"{word} {schema[key]}" for key, word in _LIMITS.items() if key in schema]
+        text = " or ".join(str(k) for k in kind) if isinstance(kind, list) else str(kind)
+        if "enum" in schema:
+            text = " or ".join(str(value) for value in schema["enum"])
+        table.add_row(name, ", ".join([text, *limits]), str(schema.get("default", "required")))
+    lines = [entry["title"], f"{entry['name']}: {entry['paper']}", f"slots: {', '.join(entry['slots'])}"]
+    return Group(Text("\n".join(lines)), Text(""), table, Text(""), Text(entry["about"]))
+
+
+_LIMITS = {"minimum": "from", "maximum": "to", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
