@@ -237,6 +237,8 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
     read_config(config)
     expected = expected_tensors(config)
     matrices = quantised.matrices(tensors, expected) if quantised else {}
+    if quantised and not matrices:
+        raise ModelError(f"{path} has a quantization_config, but none of its tensors is quantised")
     found = {name: matrix.spec.shape for name, matrix in matrices.items()}
     check_tensors(str(path), expected, found | {name: tensors.entry(name).shape for name in tensors})
     items: dict[str, Item] = {}

@@ -185,7 +185,7 @@ def _zeros(
     name, bits = f"{module}.weight_zero_point", scheme.bits
     if name not in tensors and scheme.symmetric:
         return 1 << (bits - 1)
-    if scheme.packed and name in tensors and tensors.entry(name).dtype == "I32":
+    if scheme.packed and not scheme.symmetric and name in tensors and tensors.entry(name).dtype != "I8":
         words = tensors.take(name, ("I32",), (_words(shape[0], bits), shape[1])).view(np.uint32)
         count = 32 // bits
 
@@ -195,6 +195,7 @@ def _zeros(
             return part[:, start - first * count : stop - first * count].T
 
         return take
+    # Older versions of the package stored zero points unpacked, and those of symmetric weights too.
     points = np.broadcast_to(tensors.take(name, ("I8",), stored), shape)
     return _signed_rows(points, bits, f"{tensors.path}, {name}")
 
