@@ -26,6 +26,7 @@ __all__ = ["app", "main"]
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 ACTIVATIONS = ("exact", "bf16", "fast")
 KV_DTYPES = ("bf16", "f32")
+EXPORTS = ("compressed-tensors", "bf16", "f16", "f32")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -496,3 +497,44 @@ def pull(
         output.show_json([tables.cached(entry) for entry in entries])
     else:
         output.show(tables.cached_table(entries, removed=prune))
+
+
+@app.command()
+@click.argument("model")
+@click.option(
+    "-o", "--output", "target", required=True, type=click.Path(), metavar="DIR", help="The directory to make."
+)
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(EXPORTS),
+    required=True,
+    help="The integers, code for code, or the decoded weights.",
+)
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="stored",
+    show_default=True,
+    help="Weights as the file stores them, or converted (once, into the cache).",
+)
+@as_json
+def export(*, model: str, target: str, form: str, weights: str, as_json: bool) -> None:
+    """Write MODEL as a Hugging Face directory that other programs load.
+
+    compressed-tensors keeps integer weights in their codes, where it can express them. The directory must
+    not exist.
+    """
+    from pathlib import Path
+
+    from gristmill.io import export as exporting
+    from gristmill.io.convert import prepare
+    from gristmill.terminal import tables
+
+    out = Path(target)
+    exporting.check_new(out)
+    with Bar() as bar:
+        exporting.export(prepare(model, weights, bar), out, form, bar)
+    result = tables.exported(model, form, out)
+    output.show_json(result) if as_json else output.show(tables.exported_table(result))

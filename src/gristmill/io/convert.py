@@ -254,7 +254,7 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
             items[name] = _dense_matrix(array, _DTYPES[dtype])
         else:
             items[name] = Vector(shape[0], partial(_float32, array, dtype))
-    _copy_sides(path, directory)
+    copy_sides(path, directory)
     report = {
         "model": path.name,
         "weights": "stored",
@@ -264,7 +264,8 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
     checkpoint.write(directory, config, items, report=report, recipe=_recipe("stored"), progress=progress)
 
 
-def _copy_sides(source: Path, directory: Path) -> None:
+def copy_sides(source: Path, directory: Path) -> None:
+    """Copies the tokenizer's and the other small files of a model, as far as they are there."""
     for name in SIDE_FILES:
         if (source / name).is_file():
             (directory / name).write_bytes(read_small(source / name, _SIDE_LIMIT))
@@ -341,7 +342,7 @@ def _requantise(stored: Path, directory: Path, weights: str, progress: Progress 
             items[name] = Vector(len(vector), partial(np.asarray, vector))
         else:
             items[name] = Matrix(target_spec(spec, weights), _converter(source, name, weights))
-    _copy_sides(stored, directory)
+    copy_sides(stored, directory)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     report = read_object(stored / "report.json") if (stored / "report.json").is_file() else {}
     kept: dict[str, Any] = {key: report[key] for key in ("model", "source") if key in report}

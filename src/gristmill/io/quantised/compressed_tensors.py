@@ -38,6 +38,7 @@ from gristmill.io.quantised.layers import (
     modules,
 )
 
+METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 _PLAIN = ("int-quantized", "naive-quantized")
 _STRATEGIES = ("group", "channel", "tensor")
