@@ -30,6 +30,12 @@ class Reader(Protocol):
         ...
 
 
+PARTS = (
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+)
+"""What a quantised matrix may be stored as, beside `weight`."""
+
 _READERS: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
     "gptq": Gptq,
     "awq": Awq,
