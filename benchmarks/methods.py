@@ -142,7 +142,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"{plain['model']}, {plain['tokens']} tokens of {plain['text']}, base perplexity "
         f"{plain['base_perplexity']:.3f}; {plain['machine']['cpu']}, "
         f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}. Speeds are "
-        f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has fewer bytes and less KL. "
+        f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has fewer "
+        "bytes and less KL. "
         "The last two columns are of the model with planted outliers.",
         "",
         "| recipe | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s | compress s "
