@@ -290,7 +290,8 @@ def _format(spec: Mapping[str, Any]) -> str:
     """The format of a packed matrix in a few words: `int4, group 32, min`."""
     if "bits" not in spec:
         return str(spec["format"])
-    return f"int{spec['bits']}, group {spec['group']}" + (", min" if spec.get("mins") else "")
+    kind = f"int{spec['bits']}" if spec["format"] == "group_int" else spec["format"]
+    return f"{kind}, group {spec['group']}" + (", min" if spec.get("mins") else "")
 
 
 def _tokenizer(directory: Path) -> dict[str, Any] | None:
