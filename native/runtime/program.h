@@ -65,6 +65,7 @@ struct Node {
   int64_t layer = 0;          // kAttention
   AttentionArgs attention;    // kAttention: constants only
   int64_t rope = -1;          // kAttention: index of the rope table
+  int64_t key_scale = -1;     // kAttention: index of a vector, or -1
   Phase phase = Phase::kAll;  // kEncode
 };
 
