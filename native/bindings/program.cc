@@ -112,6 +112,10 @@ void bind_program(nb::module_& m) {
       .value("F32", gm::Encoding::kF32)
       .value("BF16", gm::Encoding::kBf16)
       .value("INT8", gm::Encoding::kInt8);
+  nb::enum_<gm::KvFormat>(m, "KvFormat")
+      .value("F32", gm::KvFormat::kF32)
+      .value("BF16", gm::KvFormat::kBf16)
+      .value("INT4", gm::KvFormat::kInt4);
 
   using Factors = std::tuple<int64_t, int64_t, int64_t>;
   using Term = std::tuple<std::vector<Factors>, int64_t, int64_t, bool>;
@@ -260,7 +264,7 @@ void bind_program(nb::module_& m) {
           "add_attention",
           [](gm::Program& p, const std::string& name, int64_t layer, int64_t q, int64_t k, int64_t v,
              int64_t out, int heads, int kv_heads, int head_dim, float scale, int64_t window, int64_t rope,
-             bool bf16_math) {
+             int64_t key_scale, bool bf16_math) {
             gm::Node n;
             n.op = gm::Op::kAttention;
             n.name = name;
@@ -268,17 +272,18 @@ void bind_program(nb::module_& m) {
             n.in = {q, k, v};
             n.out = {out};
             n.rope = rope;
+            n.key_scale = key_scale;
             n.attention.heads = heads;
             n.attention.kv_heads = kv_heads;
             n.attention.head_dim = head_dim;
             n.attention.scale = scale;
             n.attention.window = window;
-            n.attention.kv_bf16 = p.geometry().element_bytes == 2;
+            n.attention.kv = p.geometry().layers.at(static_cast<size_t>(layer)).format;
             n.attention.bf16_math = bf16_math;
             p.add_node(n);
           },
           "name"_a, "layer"_a, "q"_a, "k"_a, "v"_a, "out"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a,
-          "window"_a, "rope"_a, "bf16_math"_a)
+          "window"_a, "rope"_a, "key_scale"_a, "bf16_math"_a)
       .def(
           "add_select_rows",
           [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
@@ -292,16 +297,15 @@ void bind_program(nb::module_& m) {
           "name"_a, "in_"_a, "out"_a)
       .def(
           "set_geometry",
-          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int>>& layers, int64_t element_bytes,
+          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int, gm::KvFormat>>& layers,
              int64_t max_step) {
             gm::KvGeometry g;
-            for (const auto& [window, kv_heads, head_dim] : layers)
-              g.layers.push_back({window, kv_heads, head_dim});
-            g.element_bytes = element_bytes;
+            for (const auto& [window, kv_heads, head_dim, format] : layers)
+              g.layers.push_back({window, kv_heads, head_dim, format});
             g.max_step = max_step;
             p.set_geometry(g);
           },
-          "layers"_a, "element_bytes"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim).")
+          "layers"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim, format).")
       .def("set_logits", &gm::Program::set_logits, "buffer"_a)
       .def(
           "allocate",

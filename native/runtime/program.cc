@@ -603,6 +603,7 @@ void Program::run_attention(const Node& node, int thread) {
     a.sin = r.sin.data();
     a.rope_dim = 2 * r.half;
   }
+  if (node.key_scale >= 0) a.key_scale = vectors_[static_cast<size_t>(node.key_scale)].data();
   a.sequences = sequences_.data() + static_cast<size_t>(node.layer) * count;
   a.sequence_count = static_cast<int64_t>(count);
   a.partials = reinterpret_cast<float*>(partials_.data());

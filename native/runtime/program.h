@@ -70,6 +70,7 @@ struct Node {
   int64_t layer = 0;          // kAttention
   AttentionArgs attention;    // kAttention: constants only
   int64_t rope = -1;          // kAttention: index of the rope table
+  int64_t key_scale = -1;     // kAttention: index of a vector, or -1
   Phase phase = Phase::kAll;  // kEncode
   // kEncode: the codes' largest absolute value per group (empty: 127), and the column that each one is taken
   // from (empty: its own). An f32 output gets the rounded values; where `group` is 0, the columns alone.

@@ -4,6 +4,19 @@
 // vf: 16 f32; vi: 16 int32; vb: 64 unsigned bytes; vh: 32 bf16 as 16 pairs.
 #pragma once
 
+#include <stdint.h>
+
+namespace gm::GM_LEVEL {
+
+// bf16 of -8..7 by the number's low four bits; twice, for instructions that look at five.
+#define GM_CODES                                                                                          \
+  0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, \
+      0xc040, 0xc000, 0xbf80
+alignas(64) constexpr uint16_t kCodeTable[32] = {GM_CODES, GM_CODES};
+#undef GM_CODES
+
+}  // namespace gm::GM_LEVEL
+
 #if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
 #include "vec/avx512.h"
 #elif defined(GM_LEVEL_avx2)

@@ -102,11 +102,12 @@ class Program:
         scale: float,
         window: int,
         rope: int,
+        key_scale: int,
         bf16_math: bool,
     ) -> None: ...
     def add_select_rows(self, name: str, in_: int, out: int) -> None: ...
     def set_geometry(
-        self, layers: Sequence[tuple[int, int, int]], element_bytes: int, max_step: int
+        self, layers: Sequence[tuple[int, int, int, KvFormat]], max_step: int
     ) -> None: ...
     def set_logits(self, buffer: int) -> None: ...
     def allocate(self, capacity: int) -> KvView: ...
@@ -155,9 +156,10 @@ class AttentionLayer:
         head_dim: int,
         scale: float,
         window: int,
-        kv_bf16: bool,
+        kv: KvFormat,
         bf16_math: bool,
         max_step: int,
+        key_scale: _F32,
     ) -> None: ...
     def allocate(self, capacity: int, fill: int = 0) -> KvView: ...
     def run(
