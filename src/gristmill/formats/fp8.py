@@ -23,7 +23,8 @@ def _table() -> NDArray[np.float32]:
     codes = np.arange(256)
     exponent, mantissa = codes >> 3 & 15, codes & 7
     size = np.ldexp(mantissa + 8.0 * (exponent > 0), np.maximum(exponent, 1) - 10)
-    return np.where(codes & 128, -size, size).astype(np.float32)
+    values: NDArray[np.float32] = np.where(codes & 128, -size, size).astype(np.float32)
+    return values
 
 
 _VALUES = _table()
@@ -31,13 +32,14 @@ _VALUES = _table()
 
 def _steps(values: NDArray[np.floating]) -> NDArray[np.int32]:
     """log2 of the distance of E4M3 values around values of at most 448."""
-    return np.where(values == 0, -9, np.maximum(np.frexp(values)[1] - 4, -9))
+    steps: NDArray[np.int32] = np.where(values == 0, -9, np.maximum(np.frexp(values)[1] - 4, -9))
+    return steps
 
 
 def _within(values: NDArray[Any]) -> NDArray[Any]:
     if np.isnan(values).any():
         raise ModelError("NaN cannot be rounded to E4M3")
-    return np.clip(values, -MAX, MAX)
+    return values.clip(-MAX, MAX)
 
 
 def round_e4m3(values: NDArray[Any]) -> NDArray[Any]:
@@ -47,7 +49,8 @@ def round_e4m3(values: NDArray[Any]) -> NDArray[Any]:
     """
     values = _within(values)
     steps = _steps(values)
-    return np.ldexp(np.rint(np.ldexp(values, -steps)), steps)
+    rounded: NDArray[Any] = np.ldexp(np.rint(np.ldexp(values, -steps)), steps)
+    return rounded
 
 
 def encode(values: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -55,11 +58,13 @@ def encode(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     values = round_e4m3(values)
     steps = _steps(values)
     size = np.ldexp(np.abs(values), -steps).astype(np.int32) + (steps + 9) * 8
-    return np.where(np.signbit(values), size | 128, size).astype(np.uint8)
+    codes: NDArray[np.uint8] = np.where(np.signbit(values), size | 128, size).astype(np.uint8)
+    return codes
 
 
 def decode(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The values of codes, exact. ModelError for a code of NaN."""
     if ((codes & _NAN) == _NAN).any():
         raise ModelError("an E4M3 code stands for NaN")
-    return _VALUES[codes]
+    values: NDArray[np.float32] = _VALUES[codes]
+    return values
