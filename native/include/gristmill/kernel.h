@@ -30,10 +30,14 @@ constexpr int code_bits(Storage storage) {
 
 // A packed weight of n output rows and k input columns, sixteen output rows interleaved per block.
 // Integer storage: value = scale * (code - offset) + min, one scale (and min) per group of columns and row.
+// With E4M3 scales: value = unit * R(scale * (code - offset)), R to E4M3 if `rounded`; no int8 arithmetic.
 struct Weight {
   Storage storage = Storage::kF32;
   int32_t offset = 0;
-  bool wide_scales = false;      // scales and mins are f32, else f16
+  bool wide_scales = false;  // scales and mins are f32, else f16
+  bool e4m3_scales = false;  // scales are bytes; there are no mins
+  bool rounded = false;
+  float unit = 1.0f;             // a power of two
   const void* values = nullptr;  // codes, or float values
   const void* scales = nullptr;  // [blocks][groups][16]
   const void* mins = nullptr;    // as scales, or null
@@ -65,8 +69,9 @@ struct Rounding {
 struct LinearOut {
   float* out = nullptr;
   int64_t ld = 0;
-  const float* bias = nullptr;  // [n] or null
-  bool accumulate = false;      // out += result (after the bias) instead of out = result
+  const float* bias = nullptr;       // [n] or null
+  bool accumulate = false;           // out += result (after the bias) instead of out = result
+  const float* row_scale = nullptr;  // [rows] or null: of x, multiplied in before the bias (not by int8)
 };
 
 enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
@@ -158,6 +163,11 @@ struct KernelTable {
   // there is an order.
   void (*encode_int8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp,
                       const Rounding& rounding, int8_t* q, float* scale, int32_t* sum, float* gathered);
+  // x [rows][ldx] of k columns -> E4M3 values, as bf16 [rows][kp], zero in the padding, and a scale per row:
+  // max|x| / 448, value = E4M3(x * (448 / max|x|)); scale 1 where the row is zero. `gathered` holds k floats
+  // if there is an order.
+  void (*encode_fp8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, const int32_t* order,
+                     uint16_t* out, float* scale, float* gathered);
   // x [rows][ldx] of k columns -> bf16 [rows][kp], zero in the padding.
   void (*encode_bf16)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out);
 

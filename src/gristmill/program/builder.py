@@ -128,11 +128,18 @@ class Builder:
         return self.add_node("linear", name or node_name(module), (x,), weights)[0]
 
     def encode(
-        self, name: str, x: str, *, group: int = 0, bits: Sequence[int] = (), order: str | None = None
+        self,
+        name: str,
+        x: str,
+        *,
+        group: int = 0,
+        bits: Sequence[int] = (),
+        fp8: bool = False,
+        order: str | None = None,
     ) -> str:
-        """x rounded to integers, or (without bits) its columns in the order of a vector of that name."""
+        """x rounded to integers or E4M3, or (with neither) its columns in the order of a vector of that name."""
         weights = () if order is None else (self.weight(order, self.width(x)),)
-        kind = "int" if bits else "none"
+        kind = "int" if bits else "fp8" if fp8 else "none"
         return self.add_node("encode", name, (x,), weights, kind=kind, group=group, bits=list(bits))[0]
 
     def attention(

@@ -29,11 +29,12 @@ def round_inputs(
     *,
     group: int = 0,
     bits: Sequence[int] = (),
+    fp8: bool = False,
     order: str | None = None,
 ) -> Program:
     """Puts one `encode` in front of linears (node names) that read the same buffer.
 
-    group, bits: as the op says; without bits only the columns are put in order. order: the name of a vector
+    group, bits: of kind int, as the op says; fp8: kind fp8; with neither, the columns are put in order. order: the name of a vector
     weight that is declared here. ProgramError if the linears read different buffers or a rounded one.
     """
     nodes = [program.node(name) for name in linears]
@@ -57,7 +58,7 @@ def round_inputs(
         (name,),
         () if order is None else (order,),
         None,
-        {"kind": "int" if bits else "none", "group": group, "bits": list(bits)},
+        {"kind": "int" if bits else "fp8" if fp8 else "none", "group": group, "bits": list(bits)},
     )
     chosen = set(linears)
     changed: list[Node] = []

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gristmill.program.costs import Work
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-ENCODINGS = ("none", "int")
+ENCODINGS = ("none", "int", "fp8")
 DTYPES = ("f32",)
 
 
@@ -283,18 +283,19 @@ def linear(s: Site) -> tuple[Shape, ...]:
     operations=_per_element(3),
 )
 def encode(s: Site) -> tuple[Shape, ...]:
-    """y = Q(x[:, order]): the row as an integer linear is given it; without order, its own columns
+    """y = Q(x[:, order]): the row as a quantised linear is given it; without order, its own columns
 
     kind int: per row and group of `group` columns (the last may be ragged), with L = 2^(b - 1) - 1 and b the
     group's entry of `bits`, or its only one: scale = max|x| / L, y = scale * round(x / scale), to even.
+    kind fp8: per row, with a = max|x| / 448 (1 for a row of zeros): y = a * E4M3(x / a).
     kind none: the columns alone.
     """
     a, width = s.node.attributes, s.matrix(0)[1]
     if s.weights:
         s.vector(0, width)
-    if a["kind"] == "none":
-        if a["group"] or a["bits"] or not s.weights:
-            s.fail("encode of kind none takes an order, and neither group nor bits")
+    if a["kind"] != "int":
+        if a["group"] or a["bits"] or not (s.weights or a["kind"] == "fp8"):
+            s.fail(f"encode of kind {a['kind']} takes neither group nor bits; kind none takes an order")
         return (s.inputs[0].shape,)
     if a["group"] < 8 or a["group"] % 8:
         s.fail(f"groups are multiples of 8 columns, not {a['group']}")

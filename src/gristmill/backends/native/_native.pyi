@@ -32,6 +32,7 @@ class Encoding(enum.Enum):
     F32 = 0
     BF16 = 1
     INT8 = 2
+    FP8 = 3
 
 class Pool:
     def __init__(self, threads: int) -> None: ...
@@ -67,6 +68,8 @@ class Program:
         groups: int,
         offset: int,
         wide_scales: bool,
+        exponent: int,
+        rounded: bool,
         values: int,
         scales: int,
         mins: int,
@@ -89,6 +92,7 @@ class Program:
         group: int = 0,
         limits: Sequence[float] = [],
         order: Sequence[int] = [],
+        fp8: bool = False,
     ) -> None: ...
     def add_linears(
         self, name: str, terms: Sequence[tuple[Sequence[tuple[int, int, int]], int, int, bool]], gate: int
@@ -111,9 +115,7 @@ class Program:
         bf16_math: bool,
     ) -> None: ...
     def add_select_rows(self, name: str, in_: int, out: int) -> None: ...
-    def set_geometry(
-        self, layers: Sequence[tuple[int, int, int, KvFormat]], max_step: int
-    ) -> None: ...
+    def set_geometry(self, layers: Sequence[tuple[int, int, int, KvFormat]], max_step: int) -> None: ...
     def set_logits(self, buffer: int) -> None: ...
     def allocate(self, capacity: int) -> KvView: ...
     def run(
@@ -197,6 +199,8 @@ def linear(
     groups: int,
     offset: int,
     wide: bool,
+    exponent: int,
+    rounded: bool,
     values: _U8,
     scales: _U8,
     mins: _U8,
@@ -218,6 +222,8 @@ def decode_row(
     groups: int,
     offset: int,
     wide: bool,
+    exponent: int,
+    rounded: bool,
     values: _U8,
     scales: _U8,
     mins: _U8,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gristmill.formats import fp8
 from gristmill.program.nodes import Node, terms
 from gristmill.program.rope import rope_inverse_frequencies
 
@@ -88,6 +89,8 @@ def _encode(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tu
     rows = x[0][:, w[0].long()] if w else x[0]
     if n.attributes["kind"] == "none":
         return (rows,)
+    if n.attributes["kind"] == "fp8":
+        return (round_rows_fp8(rows),)
     group, width = n.attributes["group"], rows.shape[1]
     groups = -(-width // group)
     bits = torch.tensor(n.attributes["bits"]).expand(groups)
@@ -104,6 +107,22 @@ def round_rows(x: Tensor, group: int, limit: Tensor) -> Tensor:
     # As in the kernels: a reciprocal first, and a group next to zero is zero.
     codes = torch.where(top > 1e-30, (wide * (limit / top)).round(), 0.0)
     return (codes * (top / limit)).reshape(len(x), -1)[:, :width].to(x.dtype)
+
+
+def round_e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 values in the dtype of x, as `formats.fp8.round_e4m3`; NaN stays."""
+    x = x.clamp(-fp8.MAX, fp8.MAX)
+    step = torch.ldexp(torch.ones_like(x), (torch.frexp(x)[1] - 4).clamp(min=-9))
+    return (x / step).round() * step
+
+
+def round_rows_fp8(x: Tensor) -> Tensor:
+    """x [T, K] rounded per row to E4M3 under the scale max|x| / 448 (see op `encode`)."""
+    wide = _wide(x)
+    top = wide.abs().amax(-1, keepdim=True)
+    # As in the kernels: a reciprocal first, and a row next to zero is zero.
+    values = torch.where(top > 1e-30, round_e4m3(wide * (fp8.MAX / top)), 0.0)
+    return (values * (top / fp8.MAX)).to(x.dtype)
 
 
 def _activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
