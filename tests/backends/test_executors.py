@@ -23,6 +23,7 @@ MODES = [
     for activations in ("exact", "bf16", "fast")
     for kv in ("f32", "bf16")
 ]
+MODES += [("stored", "fast", "int4"), ("f32", "exact", "int4")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,13 @@ TILES = ["amx_emulated"] if "avx512bf16" in LEVELS else []
 @pytest.mark.parametrize("level", [*LEVELS, *TILES])
 @pytest.mark.parametrize(
     ("weights", "activations", "kv"),
-    [("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")],
+    [
+        ("stored", "fast", "bf16"),
+        ("int4", "fast", "bf16"),
+        ("f32", "exact", "f32"),
+        ("f32", "fast", "int4"),
+        ("f32", "exact", "int4"),
+    ],
 )
 def test_native_levels(
     checkpoints: dict[str, Path], weights: str, activations: str, kv: str, level: str

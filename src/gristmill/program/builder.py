@@ -155,8 +155,13 @@ class Builder:
         scale: float,
         window: int = 0,
         rope: Mapping[str, Any] | None = None,
+        key_scale: str | None = None,
+        kv_format: str = "",
     ) -> str:
-        """Causal attention with a KV state of its own, named after the node."""
+        """Causal attention with a KV state of its own, named after the node.
+
+        key_scale: name of a weight [kv_heads * head_dim] that scales keys after the rotation.
+        """
         state = State(
             f"{name}.kv",
             name,
@@ -168,6 +173,7 @@ class Builder:
             "attention",
             name,
             (q, k, v),
+            () if key_scale is None else (self.weight(key_scale, kv_heads * head_dim),),
             state=state,
             heads=heads,
             kv_heads=kv_heads,
@@ -175,6 +181,7 @@ class Builder:
             scale=scale,
             window=window,
             rope=None if rope is None else dict(rope),
+            **({"kv_format": kv_format} if kv_format else {}),
         )[0]
 
     def gated(self, name: str, gate: str, up: str, activation: str) -> str:

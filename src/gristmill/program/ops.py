@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gristmill.program.kv import KV_FORMATS
 from gristmill.program.nodes import (
     LOWERED,
     PER_TOKEN,
@@ -140,6 +141,8 @@ class Op:
     columns: tuple[str, ...]
     attributes: Mapping[str, Any]
     """A type, or a tuple of the strings allowed."""
+    free: tuple[str, ...]
+    """Attributes that may be missing."""
     state: bool
     """Appends to the state it owns, then reads it."""
     level: str
@@ -186,6 +189,7 @@ def op(
     optional: int = 0,
     columns: tuple[str, ...] = (),
     attributes: Mapping[str, Any] | None = None,
+    free: tuple[str, ...] = (),
     state: bool = False,
     level: str = SEMANTIC,
     rowwise: bool = True,
@@ -208,6 +212,7 @@ def op(
             optional,
             columns,
             attributes or {},
+            free,
             state,
             level,
             rowwise,
@@ -308,6 +313,8 @@ def encode(s: Site) -> tuple[Shape, ...]:
 @op(
     "attention",
     inputs=("q", "k", "v"),
+    weights=("key_scale",),
+    optional=1,
     columns=("position", "sequence"),
     attributes={
         "heads": int,
@@ -316,7 +323,9 @@ def encode(s: Site) -> tuple[Shape, ...]:
         "scale": float,
         "window": int,
         "rope": (dict, type(None)),
+        "kv_format": ("", *KV_FORMATS),
     },
+    free=("kv_format",),
     state=True,
     rowwise=False,
     operations=_attention,
@@ -325,8 +334,10 @@ def attention(s: Site) -> tuple[Shape, ...]:
     """y[i, h] = sum_j softmax_j(scale * <R(p_i) q[i, h], R(p_j) k[j, g]>) v[j, g], g = h * kv_heads // heads
 
     j runs over the tokens of i's sequence, those of earlier steps included, with p_i - window < p_j <= p_i
-    (window 0: no lower bound). R(p) rotates as `rope` does, nothing if the attribute is None. The rotated k
-    and v of the step are appended to the state first.
+    (window 0: no lower bound). R(p) rotates as `rope` does, nothing if the attribute is None; with the weight
+    key_scale [kv_heads * head_dim] the rotated k[j, g] is then multiplied by the scales of head g and the
+    rotated q[i, h] divided by them. The k so made and v are appended to the state first, in the format
+    `kv_format` (missing or "": as the executor is told), and seen as they are kept.
     """
     a = s.node.attributes
     heads, kv_heads, head_dim, window = a["heads"], a["kv_heads"], a["head_dim"], a["window"]
@@ -338,6 +349,8 @@ def attention(s: Site) -> tuple[Shape, ...]:
     s.width(0, heads * head_dim)
     s.width(1, kv_heads * head_dim)
     s.same(1, 2)
+    if s.weights:
+        s.vector(0, kv_heads * head_dim)
     if any(s.matrix(i)[0] != "tokens" for i in range(3)):
         s.fail("attention runs over the tokens dimension only")
     entry = {"k": (kv_heads, head_dim), "v": (kv_heads, head_dim)}

@@ -34,6 +34,11 @@ class Encoding(enum.Enum):
     INT8 = 2
     FP8 = 3
 
+class KvFormat(enum.Enum):
+    F32 = 0
+    BF16 = 1
+    INT4 = 2
+
 class Pool:
     def __init__(self, threads: int) -> None: ...
     @property

@@ -58,7 +58,6 @@ class _Lowering:
         vector: Callable[[str], NDArray[np.float32]],
         *,
         activations: str,
-        bf16_math: bool,
         kv_layers: Mapping[str, int],
     ) -> None:
         self.program = program
@@ -66,7 +65,6 @@ class _Lowering:
         self.weight = weight
         self.vector = vector
         self.activations = activations
-        self.bf16_math = bf16_math
         self.kv_layers = kv_layers
         self.result = Lowered()
         self.nodes = list(program.nodes)
@@ -409,7 +407,8 @@ class _Lowering:
             float(a["scale"]),
             int(a.get("window", 0)),
             rope,
-            self.bf16_math,
+            self.add_vector(node.weights[0]) if node.weights else -1,
+            self.activations != "exact",
         )
 
     def op_select_rows(self, i: int, node: Node) -> None:
@@ -433,7 +432,6 @@ def lower(
     vector: Callable[[str], NDArray[np.float32]],
     *,
     activations: str,
-    bf16_math: bool,
     kv_layers: Mapping[str, int],
 ) -> Lowered:
     """Builds `native` from the semantic `program`.
@@ -448,6 +446,5 @@ def lower(
         weight,
         vector,
         activations=activations,
-        bf16_math=bf16_math,
         kv_layers=kv_layers,
     ).run()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gristmill.formats import fp8
+from gristmill.program.kv import GROUP
 from gristmill.program.nodes import Node, terms
 from gristmill.program.rope import rope_inverse_frequencies
 
@@ -34,6 +35,8 @@ class Context:
     """New tokens of each sequence."""
     past: Sequence[Mapping[str, Entries]]
     """Per sequence: entries by state. Never written."""
+    kv_formats: Mapping[str, str]
+    """By state, how keys and values are rounded (`program.kv`); not at all where it says "" or `f32`."""
     appended: list[dict[str, Entries]] = field(default_factory=list)
     """Per sequence: the entries after this step, by state."""
 
@@ -183,7 +186,13 @@ def _attention(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) ->
     assert n.state is not None
     queries = _rotate(_heads(x[0], a["heads"]), c.position, a["rope"])
     new_keys = _rotate(_heads(x[1], a["kv_heads"]), c.position, a["rope"])
-    new_values = _heads(x[2], a["kv_heads"])
+    if w:
+        scale = _wide(w[0]).reshape(a["kv_heads"], -1)
+        new_keys = (_wide(new_keys) * scale).to(x[1].dtype)
+        by_head = scale.repeat_interleave(a["heads"] // a["kv_heads"], 0)
+        queries = (_wide(queries) / by_head).to(x[0].dtype)
+    new_keys = _kept(new_keys, c.kv_formats[n.state])
+    new_values = _kept(_heads(x[2], a["kv_heads"]), c.kv_formats[n.state])
     outputs = []
     start = 0
     for i, length in enumerate(c.lengths):
@@ -198,6 +207,24 @@ def _attention(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) ->
             visible = _visible(len(keys) - length, length, a["window"])
             outputs.append(_attend(queries[rows], keys, values, visible, a["scale"]))
     return (torch.cat(outputs) if outputs else x[0],)
+
+
+def _kept(x: Tensor, kv_format: str) -> Tensor:
+    """What is left of vectors [..., head_dim] in a KV format. Gradients pass as if nothing were rounded."""
+    if kv_format in ("", "f32"):
+        return x
+    if kv_format == "bf16":
+        rounded = x.to(torch.bfloat16)
+    else:
+        rounded = torch.cat([_int4(part) for part in torch.split(_wide(x), GROUP, -1)], -1)
+    # Exact: either the two numbers are within a factor of two, or the rounded one is 0.
+    return x + (rounded.to(x.dtype) - x).detach()
+
+
+def _int4(x: Tensor) -> Tensor:
+    scale = (x.abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16).to(x.dtype)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (x / scale).round().clamp(-8, 7) * scale
 
 
 def _visible(past: int, length: int, window: int) -> Tensor:
