@@ -137,7 +137,7 @@ class Builder:
         fp8: bool = False,
         order: str | None = None,
     ) -> str:
-        """x rounded to integers or E4M3, or (with neither) its columns in the order of a vector of that name."""
+        """x rounded to integers or E4M3, or (with neither) its columns in the order of a named vector."""
         weights = () if order is None else (self.weight(order, self.width(x)),)
         kind = "int" if bits else "fp8" if fp8 else "none"
         return self.add_node("encode", name, (x,), weights, kind=kind, group=group, bits=list(bits))[0]

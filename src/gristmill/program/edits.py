@@ -34,8 +34,9 @@ def round_inputs(
 ) -> Program:
     """Puts one `encode` in front of linears (node names) that read the same buffer.
 
-    group, bits: of kind int, as the op says; fp8: kind fp8; with neither, the columns are put in order. order: the name of a vector
-    weight that is declared here. ProgramError if the linears read different buffers or a rounded one.
+    group, bits: of kind int, as the op says; fp8: kind fp8; with neither, the columns are put in order.
+    order: the name of a vector weight that is declared here. ProgramError if the linears read different
+    buffers or a rounded one.
     """
     nodes = [program.node(name) for name in linears]
     sources = {node.inputs[0] for node in nodes}
