@@ -122,5 +122,30 @@ def add_branch(program: Program, linears: Sequence[str], rank: int, *, name: str
     return _checked(replace(program, weights=weights), changed, "add_branch")
 
 
+def keep_keys(
+    program: Program, attention: Sequence[str], *, kv_format: str = "", scaled: bool = False
+) -> Program:
+    """Says how attention nodes (by name) keep keys and values: the op's `kv_format`; "" leaves it as it is.
+
+    scaled: declares `<node>.key_scale` [kv_heads * head_dim], which multiplies keys after the rotation.
+    ProgramError for an unknown format, or if the keys are scaled already.
+    """
+    weights = dict(program.weights)
+    changed: list[Node] = []
+    for node in program.nodes:
+        if node.name not in attention:
+            changed.append(node)
+            continue
+        a, names = node.attributes, node.weights
+        if scaled:
+            if names:
+                raise ProgramError(f"the keys of {node.name!r} are scaled already")
+            names = (f"{node.name}.key_scale",)
+            weights[names[0]] = Weight(names[0], (a["kv_heads"] * a["head_dim"],))
+        attributes = {**a, "kv_format": kv_format} if kv_format else a
+        changed.append(replace(node, weights=names, attributes=attributes))
+    return _checked(replace(program, weights=weights), changed, "keep_keys")
+
+
 def _checked(program: Program, nodes: Iterable[Node], stage: str) -> Program:
     return check(rewrite(program, nodes), stage)
