@@ -166,7 +166,8 @@ def _nearest_entries(
 
     def distance(of: NDArray[np.uint8]) -> NDArray[np.float32]:
         entries: NDArray[np.float32] = fp8.round_e4m3((of.astype(np.float32) - np.float32(8)) * sigma)
-        return np.abs(values - entries)
+        gap: NDArray[np.float32] = np.abs(values - entries)
+        return gap
 
     # The products move by at most a sixteenth, half a code at the ends: only neighbours can be nearer.
     best, least = codes, distance(codes)
@@ -239,7 +240,7 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
             found = draft.once(f"fireq {site.name}", partial(_strength, draft, options, site, rows))
             factors.append((site, found["factors"]))
         if node.name in attention and options.keys != "none":
-            qkv = [stream.inputs(node, i) for i in range(3)]
+            qkv = [stream.inputs(node, j) for j in range(3)]
             before = key_sites.get(node.name)
             found = draft.once(f"fireq {node.name}", partial(scale_keys, node, qkv, options, before))
             if before is not None:
