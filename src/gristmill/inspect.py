@@ -261,7 +261,8 @@ def _format(spec: Mapping[str, Any]) -> str:
     """The format of a packed matrix in a few words: `int4, group 32, min`."""
     if "bits" not in spec:
         return str(spec["format"])
-    return f"int{spec['bits']}, group {spec['group']}" + (", min" if spec.get("mins") else "")
+    scales = ", e4m3 scales" if spec["scales"] == "e4m3" else ", min" if spec.get("mins") else ""
+    return f"int{spec['bits']}, group {spec['group']}{scales}"
 
 
 def _tokenizer(directory: Path) -> dict[str, Any] | None:
