@@ -89,7 +89,7 @@ def test_nearest_entries_are_nearer() -> None:
         codes: np.abs(decode(quantise(w, FireqOptions(codes=codes))) - w) for codes in ("entry", "multiple")
     }
     assert (error["entry"] <= error["multiple"]).all()
-    assert error["entry"].mean() < 0.995 * error["multiple"].mean()
+    assert error["entry"].mean() < 0.998 * error["multiple"].mean()
 
 
 def test_tau_saves_tiny_weights() -> None:
@@ -151,7 +151,9 @@ def scaled(
     """A model with its keys scaled."""
     ids = models.tokens(24, program.vocab_size).tolist()
     stream = Stream(ReferenceExecutor(program, tensors), [ids, ids[:7]])
-    sites = {site.buffer: site for site in find_sites(program, (KEYS,))} if "n" in options.keys else {}
+    sites = (
+        {site.buffer: site for site in find_sites(program, (KEYS,))} if options.keys in ("n", "ns") else {}
+    )
     result, scales = dict(tensors), {}
     attention = [node.name for node in program.nodes if node.op == "attention"]
     for node in stream:
@@ -162,14 +164,14 @@ def scaled(
         if site is not None:
             result |= fold({part.weight: result[part.weight] for part in site.parts}, site, found["factors"])
         scales[node.name] = found["key_scale"]
-    if "s" in options.keys:
+    if options.keys in ("s", "ns"):
         program = keep_keys(program, attention, scaled=True)
         result |= {f"{name}.key_scale": s for name, s in scales.items()}
     return program, result, scales
 
 
 @pytest.mark.parametrize("keys", ["n", "s", "ns"])
-@pytest.mark.parametrize("top_k", [None, 1, 40])
+@pytest.mark.parametrize("top_k", [None, 1, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_do_not_change(case: str, keys: str, top_k: int | None) -> None:
     """Before and after the rotation, heads that share keys, any position, partners both chosen."""
@@ -203,7 +205,7 @@ def test_outliers_fall(case: str) -> None:
     program, tensors = small(case, keys=True)
 
     def spread(keys: str) -> float:
-        changed, others, _ = scaled(program, tensors, FireqOptions(keys=keys, top_k=8, level=1.0))
+        changed, others, _ = scaled(program, tensors, FireqOptions(keys=keys, top_k=16, level=1.0))
         peaks = [np.abs(k).max(axis=0) for k in keys_of(changed, others)]
         return max(float((p.max(axis=1) / np.median(p, axis=1)).max()) for p in peaks)
 
@@ -258,6 +260,12 @@ def test_shared_value_channels() -> None:
 RECIPE = "calibration: {{tokens: 96, sequence: 32}}\nmethods: [{{method: fireq, group: 32{}}}]"
 
 
+def model(directory: Path, case: str) -> Path:
+    """A small random model with a tokenizer."""
+    of = models.configs()[case] | {"vocab_size": 272}
+    return files.write_gguf(directory / "model.gguf", of, files.weights(of), {})[0]
+
+
 def recipe(options: str = "") -> Recipe:
     return Recipe.from_yaml(RECIPE.format(options), "fireq")
 
@@ -273,8 +281,7 @@ def recipe(options: str = "") -> Recipe:
     ],
 )
 def test_native_agrees_with_reference(case: str, options: str, tmp_path: Path) -> None:
-    models.save(tmp_path / "model", models.configs()[case])
-    compress(tmp_path / "model", recipe(options), tmp_path / "out", evaluate=False)
+    compress(model(tmp_path, case), recipe(options), tmp_path / "out", evaluate=False)
     made = Checkpoint.open(tmp_path / "out")
     assert made.edited
     ids = models.tokens(40, made.program().vocab_size)
@@ -306,8 +313,7 @@ def test_contract(level: str, activations: str, small_fireq: Path) -> None:
 @pytest.fixture(scope="module")
 def small_fireq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fireq")
-    models.save(root / "model", models.configs()["llama-smollm2"])
-    compress(root / "model", recipe(), root / "out", evaluate=False)
+    compress(model(root, "llama-smollm2"), recipe(), root / "out", evaluate=False)
     return root / "out"
 
 
@@ -316,7 +322,7 @@ def test_resumes_with_the_same_bytes(small_fireq: Path, tmp_path: Path) -> None:
         if label == "rounding" and done == 3:
             raise KeyboardInterrupt
 
-    source = small_fireq.parent / "model"
+    source = small_fireq.parent / "model.gguf"
     with pytest.raises(KeyboardInterrupt):
         compress(source, recipe(), tmp_path / "out", evaluate=False, progress=stop)
     assert list((tmp_path / ".out.partial" / "steps").iterdir())
@@ -337,7 +343,9 @@ def test_slots_follow_the_options() -> None:
 
 def test_only_the_chosen_tensors(small_fireq: Path, tmp_path: Path) -> None:
     text = RECIPE.format(", tensors: '*down_proj*'")
-    compress(small_fireq.parent / "model", Recipe.from_yaml(text, "part"), tmp_path / "out", evaluate=False)
+    compress(
+        small_fireq.parent / "model.gguf", Recipe.from_yaml(text, "part"), tmp_path / "out", evaluate=False
+    )
     made = Checkpoint.open(tmp_path / "out")
     assert {n for n, s in made.specs.items() if s.scales == "e4m3"} == {
         n for n in made.specs if "down_proj" in n

@@ -32,6 +32,7 @@ Place = Literal["qkv", "o", "gate_up", "down"]
 SEARCHED_TOKENS = 2048
 """Calibration tokens that the searches look at, at most; the products of a search are of fewer rows."""
 _ROWS = 512
+_BEFORE, _AFTER = ("n", "ns"), ("s", "ns")
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LEVELS = (0.5, 1.0, 2.0)
 _TOPS = (1, 3, 8)
@@ -218,7 +219,7 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
         by_place = places(draft.program, chosen)
         sites = {s.consumers[0]: s for place in options.smooth for s in by_place[place]}
     key_sites: dict[str, Site] = {}  # attention node -> site
-    if "n" in options.keys:
+    if options.keys in _BEFORE:
         by_buffer = {site.buffer: site for site in find_sites(draft.program, (KEYS,))}
         for name in attention:
             buffer = draft.program.node(name).inputs[1]
@@ -250,7 +251,7 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
         tensors = {part.weight: draft.weight(part.weight) for part in site.parts}
         for name, values in fold(tensors, site, s).items():
             draft.set(name, values)
-    if "s" in options.keys:
+    if options.keys in _AFTER:
         draft.edit(keep_keys(draft.program, attention, scaled=True))
         for name, scale in key_scales.items():
             draft.set(f"{name}.key_scale", scale)
@@ -350,7 +351,7 @@ def scale_keys(node: Node, rows: list[list[Tensor]], options: FireqOptions, site
 
 def _choices(options: FireqOptions, size: int) -> list[tuple[int, float]]:
     """Numbers of channels to scale after the rotation, with their levels; 0 where none are."""
-    if "s" not in options.keys:
+    if options.keys not in _AFTER:
         return [(0, 1.0)]
     tops = [t for t in _TOPS if t <= size // 4] if options.top_k is None else [min(options.top_k, size)]
     levels = _LEVELS if options.level is None else (options.level,)
