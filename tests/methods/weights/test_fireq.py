@@ -283,16 +283,16 @@ def recipe(options: str = "") -> Recipe:
 def test_native_agrees_with_reference(case: str, options: str, tmp_path: Path) -> None:
     compress(model(tmp_path, case), recipe(options), tmp_path / "out", evaluate=False)
     made = Checkpoint.open(tmp_path / "out")
-    assert made.edited
+    assert made.edited == ("keys: n" not in options)
     ids = models.tokens(40, made.program().vocab_size)
     expected = models.logits(ReferenceExecutor.load(made, dtype="float64", kv_dtype="f32"), ids, [40])
-    for activations, tolerance in (("exact", 1e-3), ("fast", 0.1)):
+    for activations in ("exact", "fast"):
         with closing(NativeExecutor.load(made, activations=activations, kv_dtype="f32")) as executor:
-            got = models.logits(executor, ids, [40])
-            # Rounding turns last bits of an input into steps: most must agree closely, none be far off.
-            error = np.abs(got - expected) / np.abs(expected).max()
-            assert np.median(error) < tolerance / 5, activations
-            assert error.max() < max(tolerance * 2, 0.1)
+            error = np.abs(models.logits(executor, ids, [40]) - expected) / np.abs(expected).max()
+        # Where inputs are rounded, a last bit becomes a step of E4M3 now and then.
+        plain = activations == "exact" and "activations: false" in options
+        assert np.median(error) < (1e-6 if plain else 0.02), activations
+        assert error.max() < (1e-4 if plain else 0.15), activations
     with closing(NativeExecutor.load(made)) as executor:
         assert executor.kv_dtype == ("bf16" if "kv: false" in options else "int4")
 
