@@ -23,6 +23,7 @@ MODES = [
     for activations in ("exact", "bf16", "fast")
     for kv in ("f32", "bf16")
 ] + [("mixed", activations, "bf16") for activations in ("exact", "bf16", "fast")]
+MODES += [("stored", "fast", "int4"), ("f32", "exact", "int4")]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ TILES = ["amx_emulated"] if "avx512bf16" in LEVELS else []
     [
         *(("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")),
         *(("mixed", "fast", "bf16"), ("mixed", "exact", "f32")),
+        *(("f32", "fast", "int4"), ("f32", "exact", "int4")),
     ],
 )
 def test_native_levels(

@@ -245,6 +245,15 @@ inline vh vh_load(const uint16_t* p) {
   memcpy(r.v, p, 64);
   return r;
 }
+// The low four bits of each 16-bit word, -8..7, as bf16; and the words with the next four bits lowest.
+inline vh vh_codes(vh words) {
+  for (uint16_t& x : words.v) x = kCodeTable[x & 15];
+  return words;
+}
+inline vh vh_next_codes(vh words) {
+  for (uint16_t& x : words.v) x = static_cast<uint16_t>(x >> 4);
+  return words;
+}
 // The even (low) and the odd (high) value of each lane's pair, widened.
 // The even or the odd elements, read as f16.
 inline vf vh_even_f16(vh a) {

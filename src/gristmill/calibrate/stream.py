@@ -138,6 +138,6 @@ class Stream:
         ids = torch.from_numpy(self._ids[index])
         every = torch.arange(len(ids))
         # Every node has a context of its own: what attention appends to its state is not needed again.
-        context = Context(ids, every, every, [len(ids)], [{}])
+        context = Context(ids, every, every, [len(ids)], [{}], self.executor.kv_formats)
         with torch.no_grad():
             return run(context, node, inputs, [weights[name] for name in node.weights])
