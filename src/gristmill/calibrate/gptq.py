@@ -212,7 +212,7 @@ def _kept(x: Tensor, diagonal: Tensor) -> Tensor:
     importance = torch.full((-(-columns // 4) * 4, n), -1.0)
     importance[:columns] = (x / diagonal[:, None]).square()
     quads = importance.reshape(-1, 4, n)
-    best = quads.argsort(1, descending=True, stable=True)[:, :2]
+    best = quads.argsort(dim=1, descending=True, stable=True)[:, :2]
     kept = torch.zeros(quads.shape, dtype=torch.bool).scatter_(1, best, True)
     return kept.reshape(-1, n)[:columns]
 

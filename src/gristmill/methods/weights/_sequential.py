@@ -42,14 +42,18 @@ def round_in_sequence(
             continue
         names = [one.weights[0] for one in readers[node.inputs[0]] if one.weights[0] in left]
 
-        def compute(names: Sequence[str] = names, rows: Sequence[Tensor] = stream.inputs(node)) -> dict[str, Packed]:
+        def compute(
+            names: Sequence[str] = names, rows: Sequence[Tensor] = stream.inputs(node)
+        ) -> dict[str, Packed]:
             hessian = Hessian(rows[0].shape[1])
             for x in rows:
                 hessian.update(x)
             values = [draft.weight(name) for name in names]
             rounded = solve(np.concatenate(values), hessian.result())
             if np.isinf(rounded.damp):
-                draft.notes.append(f"{label}: no factor of the Hessian; rounded to nearest: {', '.join(names)}")
+                draft.notes.append(
+                    f"{label}: no factor of the Hessian; rounded to nearest: {', '.join(names)}"
+                )
             ends = np.cumsum([len(value) for value in values])
             return {
                 name: rounded.pack(slice(end - len(value), end))
