@@ -53,6 +53,8 @@ class Draft:
         self.notes: list[str] = []
         """What a method did otherwise than asked, one line each: goes into the report."""
         self.progress: Progress = progress or (lambda label, done, total: None)
+        self.activations: str | None = None
+        """The arithmetic of the linear layers that the methods mean, if not the default."""
         self.calibration_name = ""
         """The calibration text, once something has used it."""
         self._kept = kept
