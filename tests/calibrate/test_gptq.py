@@ -41,17 +41,12 @@ def error(
 
 
 def textbook(
-    weight: NDArray[np.float32],
-    hessian: NDArray[np.float64],
-    bits: int,
-    group: int,
-    symmetric: bool,
-    damp: float,
+    weight: NDArray[np.float32], hessian: NDArray[np.float64], bits: int, group: int, symmetric: bool
 ) -> NDArray[np.float64]:
     """The values that GPTQ rounds to, scales by the largest value of a group as it then stands."""
     w = weight.astype(np.float64)
     n, k = w.shape
-    inverse = np.linalg.inv(hessian + damp * hessian.diagonal().mean() * np.eye(k))
+    inverse = np.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * np.eye(k))
     result = np.empty_like(w)
     offset = 2 ** (bits - 1) if symmetric else 0
     for i in range(k):
@@ -79,7 +74,7 @@ def test_is_the_textbook(shape: tuple[int, int], group: int, symmetric: bool) ->
     weight, hessian = weight_of(*shape), hessian_of(inputs(shape[1]))
     group = group if group < shape[1] else 0
     found = gptq(weight, torch.from_numpy(hessian), bits=4, group=group, symmetric=symmetric)
-    expected = textbook(weight, hessian, 4, group or shape[1], symmetric, 0.01)
+    expected = textbook(weight, hessian, 4, group or shape[1], symmetric)
     values = decode(found.pack())
     e = expected - weight
     wanted = np.sum((e @ hessian) * e, axis=1)
