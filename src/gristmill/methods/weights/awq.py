@@ -105,7 +105,7 @@ def _rounded(values: NDArray[np.float32], options: AwqOptions) -> Packed:
     return group_int.round_group_int(
         values,
         bits=options.bits,
-        group=options.group or values.shape[1],
+        group=options.group,
         symmetric=options.symmetric,
     )
 

@@ -81,8 +81,9 @@ class SmoothQuantPlus(Method[SmoothQuantPlusOptions]):
 
 
 def _rounded(values: NDArray[np.float32], options: SmoothQuantPlusOptions) -> Packed:
-    group = options.group or values.shape[1]
-    return group_int.round_group_int(values, bits=options.bits, group=group, symmetric=options.symmetric)
+    return group_int.round_group_int(
+        values, bits=options.bits, group=options.group, symmetric=options.symmetric
+    )
 
 
 class _Search:
