@@ -1,8 +1,8 @@
 """MARLIN's GPU layout of 4-bit matrices, to exchange files with engines that run its kernels.
 
 As IST-DASLab/marlin has it: W is [K inputs, N outputs], value = scale * (code - 8). Codes lie in tiles of
-16 x 16; four tiles side by side are 128 words of 32 bits, of which thread t of 32 owns four, one per tile: the
-fragments that it multiplies, in the order in which masks take them out of the word.
+16 x 16; four tiles side by side are 128 words of 32 bits, of which thread t of 32 owns four, one per tile:
+the fragments that it multiplies, in the order in which masks take them out of the word.
 """
 
 from __future__ import annotations
