@@ -26,6 +26,7 @@ __all__ = ["app", "main"]
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 ACTIVATIONS = ("exact", "bf16", "fast")
 KV_DTYPES = ("bf16", "f32")
+EXPORTS = ("compressed-tensors", "bf16", "f16", "f32")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -501,7 +502,9 @@ def pull(
 @app.command()
 @click.argument("model")
 @click.option("-r", "--recipe", required=True, help="A YAML file, or the name of a method.")
-@click.option("-o", "--out", required=True, type=click.Path(), help="The checkpoint directory to write.")
+@click.option(
+    "-o", "--output", "out", required=True, type=click.Path(), metavar="DIR", help="The checkpoint to write."
+)
 @click.option("--no-evaluate", is_flag=True, help="Do not measure the result against the base.")
 @as_json
 def compress(*, model: str, recipe: str, out: str, no_evaluate: bool, as_json: bool) -> None:
@@ -538,11 +541,19 @@ def methods(*, name: str | None, as_json: bool) -> None:
 @click.option(
     "-r", "--recipes", required=True, multiple=True, help="A YAML file or a method. May be repeated."
 )
-@click.option("-o", "--out", required=True, type=click.Path(), help="Where the checkpoints and the plot go.")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    type=click.Path(),
+    metavar="DIR",
+    help="Where the checkpoints and the plot go.",
+)
 @click.option("--text", type=click.Path(), help="UTF-8 text to evaluate on. [default: pydoc_data.topics]")
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens to evaluate on.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Turns of the speed measurement.")
-@click.option("--no-plot", is_flag=True, help="Do not draw OUT/pareto.png.")
+@click.option("--no-plot", is_flag=True, help="Do not draw DIR/pareto.png.")
 @threads_option
 @as_json
 def compare(*, model: str, out: str, no_plot: bool, as_json: bool, **options: Any) -> None:
@@ -563,3 +574,44 @@ def compare(*, model: str, out: str, no_plot: bool, as_json: bool, **options: An
         output.show(tables.comparison_table(result))
         if not no_plot:
             output.say(f"plot: {path}")
+
+
+@app.command()
+@click.argument("model")
+@click.option(
+    "-o", "--output", "target", required=True, type=click.Path(), metavar="DIR", help="The directory to make."
+)
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(EXPORTS),
+    required=True,
+    help="The integers, code for code, or the decoded weights.",
+)
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="stored",
+    show_default=True,
+    help="Weights as the file stores them, or converted (once, into the cache).",
+)
+@as_json
+def export(*, model: str, target: str, form: str, weights: str, as_json: bool) -> None:
+    """Write MODEL as a Hugging Face directory that other programs load.
+
+    compressed-tensors keeps integer weights in their codes, where it can express them. The directory must
+    not exist.
+    """
+    from pathlib import Path
+
+    from gristmill.io import export as exporting
+    from gristmill.io.convert import prepare
+    from gristmill.terminal import tables
+
+    out = Path(target)
+    exporting.check_new(out)
+    with Bar() as bar:
+        exporting.export(prepare(model, weights, bar), out, form, bar)
+    result = tables.exported(model, form, out)
+    output.show_json(result) if as_json else output.show(tables.exported_table(result))

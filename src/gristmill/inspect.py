@@ -210,19 +210,22 @@ def _gguf_tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _huggingface(source: Source) -> dict[str, Any]:
     from gristmill.io.json_file import read_object
+    from gristmill.io.quantised import reader
     from gristmill.io.safetensors import SafetensorsFile
 
     config = read_object(source.path / "config.json")
-    quantization = config.get("quantization_config")
-    reason = None
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        reason = f"quantised with {str(method)[:40]}, which cannot be read yet"
+    reason, quantised = None, False
+    try:
+        quantised = reader(config) is not None
+    except ModelError as error:
+        reason = str(error)
     tensors = []
     for path in source.files:
         if path.suffix == ".safetensors":
             file = SafetensorsFile(path)
             tensors += [Tensor(n, e.dtype, e.shape, e.nbytes) for n, e in file.entries.items()]
+    if quantised:
+        tensors = _joined(config, tensors)
     return {
         "name": source.path.name,
         "architecture": _architecture(config),
@@ -231,6 +234,32 @@ def _huggingface(source: Source) -> dict[str, Any]:
         "tokenizer": _tokenizer(source.path),
         "tensors": tensors,
     }
+
+
+def _joined(config: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with the parts of each quantised matrix as one, of the shape that the config calls for."""
+    from gristmill.io.expected import expected_tensors
+    from gristmill.io.quantised import PARTS
+
+    try:
+        expected = expected_tensors(config)
+    except ModelError:
+        return list(tensors)
+    method = config["quantization_config"]["quant_method"]
+    parts: dict[str, int] = {}
+    for tensor in tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if part in PARTS:
+            parts[f"{module}.weight"] = parts.get(f"{module}.weight", 0) + tensor.nbytes
+    rest = [t for t in tensors if t.name.rpartition(".")[2] not in PARTS and t.name not in parts]
+    plain = {tensor.name: tensor.nbytes for tensor in tensors if tensor.name in parts}
+    return [
+        *(
+            Tensor(name, method, expected.get(name, ()), nbytes + plain.get(name, 0))
+            for name, nbytes in parts.items()
+        ),
+        *rest,
+    ]
 
 
 def _checkpoint(source: Source) -> dict[str, Any]:
@@ -261,7 +290,8 @@ def _format(spec: Mapping[str, Any]) -> str:
     """The format of a packed matrix in a few words: `int4, group 32, min`."""
     if "bits" not in spec:
         return str(spec["format"])
-    return f"int{spec['bits']}, group {spec['group']}" + (", min" if spec.get("mins") else "")
+    kind = f"int{spec['bits']}" if spec["format"] == "group_int" else spec["format"]
+    return f"{kind}, group {spec['group']}" + (", min" if spec.get("mins") else "")
 
 
 def _tokenizer(directory: Path) -> dict[str, Any] | None:

@@ -136,7 +136,7 @@ def test_gradients_match_differences() -> None:
     assert float(weight.grad[at]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["stored", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["stored", "bf16", "int8", "int4", "mixed"])
 def test_packed_weights_are_decoded_exactly(tmp_path: Path, weights: str) -> None:
     of = files.config("llama")
     tensors = files.weights(of)
@@ -150,7 +150,9 @@ def test_packed_weights_are_decoded_exactly(tmp_path: Path, weights: str) -> Non
     (tmp_path / "stored").mkdir()
     convert.import_gguf(files.write_gguf(tmp_path / "x.gguf", of, tensors, kinds), tmp_path / "stored")
     path = tmp_path / weights
-    if weights != "stored":
+    if weights == "mixed":
+        files.write_mixed(tmp_path / "stored", path)
+    elif weights != "stored":
         path.mkdir()
         convert._requantise(tmp_path / "stored", path, weights, None)
     checkpoint = Checkpoint.open(path)

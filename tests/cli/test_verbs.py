@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Gristmill, matches
-from tests.kits import files
+from tests.kits import files, quantised
 
 NONE = type(None)
 
@@ -96,12 +96,46 @@ def test_inspect_a_hugging_face_directory(gristmill: Gristmill, tmp_path: Path, 
     assert gristmill.text("inspect", str(path))
 
 
+def test_inspect_a_quantised_directory(gristmill: Gristmill, tmp_path: Path) -> None:
+    """A matrix counts once, however many parts it is stored as."""
+    of = quantised.small()
+    config = quantised.scheme(num_bits=4, strategy="group", group_size=32)
+    layers = {n: quantised.layer(s, 4, 32, zero=8) for n, s in quantised.linears(of).items()}
+    tensors = quantised.stored(of, layers, lambda one: quantised.packed(one, True))
+    found = gristmill.json("inspect", str(quantised.write(tmp_path / "hf", of, config, tensors)))
+    assert found["supported"] is True
+    assert found["parameters"] == sum(values.size for values in files.weights(of).values())
+    assert found["weight_bytes"] == sum(values.nbytes for _, values in tensors.values())
+    assert {t["format"] for t in found["tensors"] if t["name"] in layers} == {"compressed-tensors"}
+
+
+def test_export(gristmill: Gristmill, tmp_path: Path, tiny: Path) -> None:
+    out = tmp_path / "out"
+    result = gristmill.json("export", str(tiny), "-w", "int4", "--as", "compressed-tensors", "-o", str(out))
+    assert (result["model"], result["as"], result["path"]) == (str(tiny), "compressed-tensors", str(out))
+    assert {file["name"]: file["bytes"] for file in result["files"]} == {
+        file.name: file.stat().st_size for file in out.iterdir()
+    }
+    assert gristmill.json("inspect", str(out))["supported"] is True
+    assert str(out) in gristmill.refused(2, "export", str(tiny), "--as", "bf16", "-o", str(out))
+    assert "model.safetensors" in gristmill.text(
+        "export", str(out), "--as", "f16", "-o", str(tmp_path / "f16")
+    )
+    assert "--as" in gristmill.refused(2, "export", str(tiny), "-o", str(tmp_path / "x"))
+    message = gristmill.refused(
+        1, "export", str(tmp_path / "f16"), "--as", "compressed-tensors", "-o", str(tmp_path / "x")
+    )
+    assert "no linear layer of integers" in message
+    assert not (tmp_path / "x").exists()
+
+
 def test_inspect_what_cannot_run(gristmill: Gristmill, tmp_path: Path) -> None:
     of = files.config()
     path = files.write_huggingface(tmp_path / "hf", of, files.weights(of))
     for changes, reason in (
         ({"architectures": ["QuetzalForCausalLM"]}, "architecture QuetzalForCausalLM is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised with 'bitsandbytes'"),
+        ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "AWQ version 'gemv'"),
     ):
         (path / "config.json").write_text(json.dumps(of | changes))
         found = gristmill.json("inspect", str(path))

@@ -340,7 +340,7 @@ def converts_nothing(own_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantised with 'gptq'"),
+        ({"quant_method": "gptq", "bits": 4}, "none of its tensors is quantised"),
         ({"quant_method": "bitsandbytes"}, "quantised with 'bitsandbytes'"),
         ({"quant_method": ["x"]}, "quantised with a list"),
         ({}, "quantised with None"),

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gristmill.errors import GristmillError, ModelError
+from gristmill.io.directory import whole
 
 _READ = 1 << 22
 """Bytes read at a time for a content hash."""
@@ -145,7 +146,6 @@ def building(name: str) -> Iterator[Path | None]:
     is removed. OSErrors of the block become a one-line GristmillError.
     """
     target = checkpoint_path(name)
-    partial = target.with_name(f".{name}.{os.getpid()}")
     try:
         with _locked(name):
             if target.is_dir():
@@ -153,24 +153,10 @@ def building(name: str) -> Iterator[Path | None]:
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(name)
-            partial.mkdir()
-            try:
+            with whole(target) as partial:
                 yield partial
-                for file in (*partial.iterdir(), partial):
-                    _sync(file)
-                os.rename(partial, target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise storage_error(error, f"writing the converted model to {target.parent}") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_leftovers(name: str) -> None:

@@ -22,7 +22,7 @@ from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Progress, Vector
 from gristmill.io.expected import check_tensors, expected_tensors, model_type, tied
 from gristmill.io.hub import SIDE_FILES
 from gristmill.io.json_file import read_object
-from gristmill.io.mapped import read_small, short
+from gristmill.io.mapped import read_small
 from gristmill.io.safetensors import SafetensorsFile
 from gristmill.version import __version__
 
@@ -211,43 +211,45 @@ _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 def import_huggingface(path: Path, directory: Path, progress: Progress | None = None) -> None:
     """Converts a Hugging Face directory (config.json and safetensors) into an existing, empty directory.
 
-    Matrices stay in the dtype they are stored in, norms and biases become float32. A quantised model is
-    refused by the name of its method.
+    Matrices stay in the dtype they are stored in, those of a quantised model in their codes; norms and biases
+    become float32.
     """
+    from gristmill.io.quantised import reader
+    from gristmill.io.quantised.layers import Tensors
     from gristmill.models import read_config
 
     config = read_object(path / "config.json")
     prefixes = {"": ""}
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(
-            f"{path} is quantised with {short(method)} (quantization_config), which cannot be read yet"
-        )
+    try:
+        quantised = reader(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     if config.get("model_type") == "gemma3":
         config, prefixes = _gemma_text(config), {"language_model.": "", "model.language_model.": "model."}
     kind = model_type(config)
     files = [SafetensorsFile(file) for file in hub.weight_files(path) if file.suffix == ".safetensors"]
-    table: dict[str, SafetensorsFile] = {}
-    inner: dict[str, str] = {}
+    tensors = Tensors(path)
     for file in files:
         for stored in file.entries:
             name = _plain_name(stored, prefixes, skip_vision=len(prefixes) > 1)
-            if name is None or (name == "lm_head.weight" and tied(config)):
-                continue
-            if name in table:
-                raise ModelError(f"{path}: the tensor {short(name)} occurs twice")
-            table[name], inner[name] = file, stored
+            if name is not None and not (name == "lm_head.weight" and tied(config)):
+                tensors.add(name, file, stored)
     read_config(config)
     expected = expected_tensors(config)
-    found = {name: file.entries[inner[name]].shape for name, file in table.items()}
-    check_tensors(str(path), expected, found)
+    matrices = quantised.matrices(tensors, expected) if quantised else {}
+    if quantised and not matrices:
+        raise ModelError(f"{path} has a quantization_config, but none of its tensors is quantised")
+    found = {name: matrix.spec.shape for name, matrix in matrices.items()}
+    check_tensors(str(path), expected, found | {name: tensors.entry(name).shape for name in tensors})
     items: dict[str, Item] = {}
     for name, shape in expected.items():
-        dtype = table[name].entries[inner[name]].dtype
+        if name in matrices:
+            items[name] = matrices[name]
+            continue
+        dtype = tensors.entry(name).dtype
         if dtype not in _DTYPES:
             raise ModelError(f"{path}: the tensor {name} is {dtype}; F32, BF16 and F16 can be read")
-        array = table[name].array(inner[name])
+        array = tensors.take(name)
         if len(shape) == 2:
             items[name] = _dense_matrix(array, _DTYPES[dtype])
         else:
@@ -263,7 +265,7 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
 
 
 def copy_sides(source: Path, directory: Path) -> None:
-    """Copies the tokenizer's and the other small files of a model."""
+    """Copies the tokenizer's and the other small files of a model, as far as they are there."""
     for name in SIDE_FILES:
         if (source / name).is_file():
             (directory / name).write_bytes(read_small(source / name, _SIDE_LIMIT))

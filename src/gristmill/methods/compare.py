@@ -109,7 +109,7 @@ def _compressed(model: str | Path, recipe: Recipe, out: Path, progress: Progress
         compress(model, recipe, target, evaluate=False, progress=progress)
     elif not (target / "recipe.yaml").is_file() or (target / "recipe.yaml").read_text() != recipe.to_yaml():
         raise UsageError(
-            f"{target} exists and was not made by this recipe: remove it, or choose another --out"
+            f"{target} exists and was not made by this recipe: remove it, or choose another directory"
         )
     return target
 

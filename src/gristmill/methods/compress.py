@@ -104,7 +104,7 @@ def write(
         "model": kept.get("model", source.directory.name),
         "weights": recipe.name or "recipe",
         "methods": [entry.method.name for entry in recipe.entries],
-        "calibration": draft.calibration_name or None,
+        "calibration": draft.calibrated_on,
         "notes": draft.notes,
         "source": kept.get("source"),
         "gristmill": __version__,

@@ -55,8 +55,8 @@ class Draft:
         self.progress: Progress = progress or (lambda label, done, total: None)
         self.activations: str | None = None
         """The arithmetic of the linear layers that the methods mean, if not the default."""
-        self.calibration_name = ""
-        """The calibration text, once something has used it."""
+        self.calibrated_on: dict[str, Any] | None = None
+        """The calibration text's name, size and hash, once something has used it."""
         self._kept = kept
         self._step = 0
         self._weights: dict[str, NDArray[np.float32]] = {}
@@ -118,16 +118,16 @@ class Draft:
         return self._executor
 
     @cached_property
-    def sequences(self) -> list[list[int]]:
+    def sequences(self) -> Sequence[Sequence[int]]:
         """The calibration text as token sequences."""
         from gristmill.calibrate.text import CalibrationText
 
-        chosen = self.calibration
-        text = CalibrationText(chosen.text, chosen.tokens, chosen.sequence, chosen.seed).read(
+        wanted = self.calibration
+        found = CalibrationText(wanted.text, wanted.tokens, wanted.sequence, wanted.seed).read(
             self.source.directory, progress=self.progress
         )
-        self.calibration_name = text.name
-        return [list(ids) for ids in text.ids]
+        self.calibrated_on = found.report()
+        return found.ids
 
     # Results kept ---------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ def compressed_table(report: Mapping[str, Any]) -> RenderableType:
     table.show_header = False
     table.add_row("written", str(report["out"]))
     table.add_row("methods", ", ".join(report["methods"]))
-    if report["calibration"]:
-        table.add_row("calibration", str(report["calibration"]))
+    if text := report["calibration"]:
+        table.add_row("calibrated on", f"{text['tokens']} tokens of {text['text']}")
     table.add_row("bits per weight", f"{report['bits_per_weight']:.2f}")
     table.add_row("size", size(report["weight_bytes"]))
     if quality := report.get("quality"):

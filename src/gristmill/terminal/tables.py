@@ -90,6 +90,27 @@ def pulled_table(result: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def exported(model: str, form: str, out: Path) -> dict[str, Any]:
+    """What `export` did, as plain JSON data."""
+    files = sorted(file for file in out.iterdir() if file.is_file())
+    return {
+        "model": model,
+        "as": form,
+        "path": str(out),
+        "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+    }
+
+
+def exported_table(result: Mapping[str, Any]) -> RenderableType:
+    """What was written."""
+    from rich.text import Text
+
+    table = plain_table("file", "size", right=("size",))
+    for one in result["files"]:
+        table.add_row(Text(f"{result['path']}/{one['name']}"), size(one["bytes"]))
+    return table
+
+
 def model_table(result: Mapping[str, Any], tensors: bool = False) -> Group:
     """What `inspect.run` returns; with `tensors`, a line per tensor too."""
     from rich.console import Group

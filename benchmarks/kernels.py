@@ -1,0 +1,251 @@
+"""Measures linear layers alone on weights larger than the last-level cache; writes JSON and a plot.
+
+A model of nothing but square linears is read through once per step, so that no weight is in a cache when its
+turn comes. For every format: the time of one layer at 1 to 128 rows, and the share of the read rate measured
+beside it that its bytes are read at. "Byte-bound" is the time that a layer's bytes take at that rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from gristmill.backends.native import NativeExecutor
+from gristmill.bench.host import load_average, machine
+from gristmill.bench.roofline import bandwidth_probe
+from gristmill.formats import dense, group_int, sparse24
+from gristmill.formats.packed import Packed
+from gristmill.program.batch import GENERATED, Batch
+from gristmill.program.builder import Builder
+from gristmill.program.edits import add_branch
+from gristmill.program.nodes import Program
+
+HERE = Path(__file__).parent
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to store and multiply a square matrix."""
+
+    name: str
+    pack: Callable[[np.random.Generator, int], Packed]
+    activations: str
+    rank: int = 0
+    """Of a bf16 branch beside every layer, or 0."""
+    branch_bits: int = 16
+
+
+def integers(bits: int, group: int) -> Callable[[np.random.Generator, int], Packed]:
+    """Random codes: the time does not depend on them."""
+
+    def pack(random: np.random.Generator, n: int) -> Packed:
+        codes = random.integers(0, 1 << bits, (n, n), dtype=np.uint8)
+        scales = np.full((n, -(-n // group)), 1 / (n * 2**bits), np.float16)
+        return group_int.pack(codes, scales, bits=bits, group=group, offset=1 << (bits - 1))
+
+    return pack
+
+
+def bf16(random: np.random.Generator, n: int) -> Packed:
+    """Random bf16 values."""
+    return dense.pack(random.normal(0, 1 / n, (n, n)).astype(np.float32), "bf16")
+
+
+def sparse(random: np.random.Generator, n: int) -> Packed:
+    """Two random codes of every four columns."""
+    codes = random.integers(0, 16, (n, n), dtype=np.uint8)
+    order = random.random((n, n // 4, 4)).argsort(-1)
+    scales = np.full((n, -(-n // 128)), 1 / (n * 16), np.float16)
+    return sparse24.pack(codes, (order < 2).reshape(n, n), scales, group=128)
+
+
+CASES = (
+    Case("bf16", bf16, "bf16"),
+    Case("int8", integers(8, 64), "fast"),
+    Case("int6", integers(6, 64), "fast"),
+    Case("int5", integers(5, 64), "fast"),
+    Case("int4", integers(4, 64), "fast"),
+    Case("int4 g128, bf16 rows", integers(4, 128), "bf16"),
+    Case("int4 g128", integers(4, 128), "fast"),
+    Case("2:4 int4 g128", sparse, "fast"),
+    Case("int3", integers(3, 64), "fast"),
+    Case("int2", integers(2, 64), "fast"),
+    Case("int4 + rank 32 bf16", integers(4, 64), "fast", rank=32),
+    Case("int4 + rank 32 int8", integers(4, 64), "fast", rank=32, branch_bits=8),
+)
+BASE = "int4"
+
+
+def main() -> int:
+    """Runs the command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=4096, help="rows and columns of a layer (default 4096)")
+    parser.add_argument("--bytes", type=float, default=1e9, help="weights of each case (default 1e9)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
+    parser.add_argument("--only", action="append", help="a case's name; may be repeated")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "kernels.json")
+    parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "kernels.png")
+    arguments = parser.parse_args()
+    chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    if not chosen:
+        parser.error(f"no such case; there are: {', '.join(case.name for case in CASES)}")
+    result = measure(
+        chosen,
+        width=arguments.width,
+        nbytes=arguments.bytes,
+        repeats=arguments.repeats,
+        threads=arguments.threads,
+    )
+    print(table(result))
+    if not arguments.only:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, arguments.plot)
+    return 0
+
+
+def model(case: Case, width: int, layers: int) -> tuple[Program, dict[str, Packed]]:
+    """A chain of linears between a small embedding and a small head; every weight has bytes of its own."""
+    random = np.random.default_rng(1)
+    b = Builder("layers")
+    x = b.embedding("table.weight", VOCABULARY, width)
+    names = [f"layers.{i}" for i in range(layers)]
+    for name in names:
+        x = b.linear(x, name, width)
+    program = b.build(b.linear(b.select_rows(x), "head", VOCABULARY))
+    small = dense.pack(random.normal(0, 1, (VOCABULARY, width)).astype(np.float32), "bf16")
+    # The arena copies an array for every name, so that one matrix may stand for all.
+    shared = case.pack(random, width)
+    packed = {"table.weight": small, "head.weight": small, **{f"{n}.weight": shared for n in names}}
+    if case.rank:
+        for name in names:
+            program = add_branch(program, [name], case.rank, name="branch")
+        for name, weight in program.weights.items():
+            if name not in packed:
+                values = random.normal(0, 1 / width, weight.shape).astype(np.float32)
+                packed[name] = (
+                    dense.pack(values, "bf16")
+                    if case.branch_bits == 16
+                    else group_int.round_group_int(
+                        values, bits=8, group=min(64, weight.shape[1]), symmetric=True
+                    )
+                )
+    return program, packed
+
+
+def measure(
+    cases: Sequence[Case], *, width: int, nbytes: float, repeats: int, threads: int
+) -> dict[str, Any]:
+    """Plain JSON data: machine, and per case its bytes per layer and per number of rows the medians."""
+    results = []
+    for case in cases:  # one at a time: together they would not fit the memory
+        per_layer = case.pack(np.random.default_rng(0), width).nbytes
+        layers = max(2, round(nbytes / per_layer))
+        program, packed = model(case, width, layers)
+        with ExitStack() as stack:
+            executor = NativeExecutor(program, packed, {}, activations=case.activations, threads=threads)
+            stack.callback(executor.close)
+            total = sum(w.nbytes for name, w in executor.weights.items() if name.startswith("layers."))
+            probe = bandwidth_probe(executor.level, threads)
+            view = executor.allocate(max(ROWS))
+            times: dict[int, list[float]] = {rows: [] for rows in ROWS}
+            rates = []
+            for turn in range(repeats + 1):
+                if turn:
+                    rates.append(probe(int(nbytes)))
+                for rows in ROWS:
+                    seconds = step(executor, view, rows)
+                    if turn:
+                        times[rows].append(seconds / layers)
+                print(f"\r{case.name}: turn {turn} of {repeats}  ", end="", file=sys.stderr)
+            bound = total / layers / median(rates)
+            results.append(
+                {
+                    "name": case.name,
+                    "bytes_per_layer": total / layers,
+                    "bits_per_weight": 8 * total / layers / width**2,
+                    "layers": layers,
+                    "bandwidth_bytes_per_s": median(rates),
+                    "byte_bound_s": bound,
+                    "seconds": {str(rows): median(found) for rows, found in times.items()},
+                    "roofline_fraction": bound / median(times[1]),
+                }
+            )
+    print(file=sys.stderr)
+    return {
+        "machine": {**machine(), "load_average": load_average()},
+        "width": width,
+        "bytes": nbytes,
+        "threads": threads,
+        "repeats": repeats,
+        "cases": results,
+    }
+
+
+def step(executor: NativeExecutor, view: Any, rows: int) -> float:
+    """Seconds of one step of `rows` generated tokens."""
+    view.truncate(0)
+    batch = Batch(
+        np.zeros(rows, np.int32),
+        np.array([rows], np.int32),
+        (view,),
+        np.array([rows - 1], np.int32),
+        np.full(rows, GENERATED, np.uint8),
+    )
+    begin = perf_counter()
+    executor.step(batch)
+    return perf_counter() - begin
+
+
+def table(result: dict[str, Any]) -> str:
+    """Time of a layer as multiples of its byte-bound time, per number of rows."""
+    lines = [
+        f"time / byte-bound time of one layer, {result['width']} x {result['width']}",
+        f"{'':22}{'bits':>6}{'GB/s':>7}" + "".join(f"{rows:>8}" for rows in ROWS),
+    ]
+    for case in result["cases"]:
+        shares = "".join(f"{s / case['byte_bound_s']:8.2f}" for s in case["seconds"].values())
+        rate = case["bytes_per_layer"] / case["seconds"]["1"] / 1e9
+        lines.append(f"{case['name']:22}{case['bits_per_weight']:6.2f}{rate:7.1f}{shares}")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time per layer over the number of rows, with every case's byte-bound time dotted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for case in result["cases"]:
+        line = axes.plot(ROWS, [1e3 * s for s in case["seconds"].values()], marker="o", label=case["name"])[0]
+        axes.axhline(1e3 * case["byte_bound_s"], color=line.get_color(), linestyle=":", linewidth=0.8)
+    width = result["width"]
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rows",
+        ylabel="time of one layer (ms)",
+        title=f"{width} x {width}, {result['bytes'] / 1e9:.0f} GB of weights, {result['threads']} threads; "
+        "dotted: its bytes at the read rate",
+    )
+    axes.set_xticks(ROWS, [str(rows) for rows in ROWS])
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Compresses the demo model, and one with planted outliers, by every recipe, and measures all of them.
+
+Writes `results/methods.json`, the plot `docs/pareto.png`, the table of `docs/methods/README.md` and the
+evidence that `gristmill methods` prints: none of these is written by hand. Run it with nothing else running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from gristmill import methods
+from gristmill.calibrate.planted import plant
+from gristmill.methods import Method, Options
+from gristmill.methods.compare import compare, plot
+from gristmill.methods.compress import compress
+from gristmill.methods.draft import Draft
+from gristmill.methods.recipe import Entry, Recipe
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results" / "methods.json"
+EVIDENCE = ROOT / "src" / "gristmill" / "methods" / "evidence.json"
+PAGE = ROOT / "docs" / "methods" / "README.md"
+RECIPES = ROOT / "examples" / "recipes"
+KINDS = ("norm", "gated", "keys")
+BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
+
+
+class Plant(Method[Options]):
+    """Outliers in the inputs of all linears and in the keys; the function stays."""
+
+    name = "plant"
+    title = "Planted outliers"
+    paper = ""
+
+    def slots(self, options: Options) -> Sequence[str]:
+        """As a smoothing, in the other direction."""
+        return ("smoothing",)
+
+    def apply(self, draft: Draft, options: Options, tensors: Sequence[str]) -> None:
+        """Plants them."""
+        weights = {name: draft.weight(name) for name in draft.program.weights}
+        for name, values in plant(draft.program, weights, KINDS).items():
+            if values is not weights[name]:
+                draft.set(name, values)
+
+
+def main() -> int:
+    """Runs the command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--work", type=Path, help="keep the checkpoints here (default: nowhere)")
+    parser.add_argument("--only", action="append", help="a recipe's name; may be repeated; writes no files")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only write the page and the evidence anew")
+    arguments = parser.parse_args()
+    if arguments.table:
+        write(json.loads(RESULTS.read_text()))
+        return 0
+    recipes = [Recipe.load(path) for path in sorted(RECIPES.glob("*.yaml"))]
+    missing = set(methods.names()) - {e.method.name for r in recipes for e in r.entries}
+    if missing:
+        print(f"methods: no recipe in {RECIPES.name} uses {', '.join(sorted(missing))}", file=sys.stderr)
+        return 1
+    if arguments.only:
+        recipes = [recipe for recipe in recipes if recipe.name in arguments.only]
+    with tempfile.TemporaryDirectory() as folder:
+        work = arguments.work or Path(folder)
+        result = run(arguments, recipes, work)
+    if not arguments.only:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        write(result)
+        plot(result["plain"], ROOT / "docs" / "pareto.png")
+    print(table(result))
+    return 0
+
+
+def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) -> dict[str, Any]:
+    """Both comparisons and the time that every recipe took."""
+    planted = work / "planted"
+    if not planted.exists():
+        recipe = Recipe((Entry(Plant(), Options(), (), 1),), "planted", floats="f32")
+        compress(arguments.model, recipe, planted, evaluate=False)
+    seconds = {}
+    for recipe in recipes:
+        target = work / "plain" / recipe.name
+        if not target.exists():
+            print(f"{recipe.name}: compressing", file=sys.stderr)
+            begin = perf_counter()
+            compress(arguments.model, recipe, target, evaluate=False)
+            seconds[recipe.name] = perf_counter() - begin
+    options = {"tokens": arguments.tokens, "repeats": arguments.repeats, "threads": arguments.threads}
+    plain = compare(arguments.model, recipes, work / "plain", **options)
+    outliers = compare(planted, recipes, work / "outliers", **{**options, "repeats": 1})
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {"commit": commit, "compress_s": seconds, "plain": plain, "planted": outliers}
+
+
+def write(result: Mapping[str, Any]) -> None:
+    """The page's table and the evidence."""
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    tail = rest.partition(END)[2]
+    PAGE.write_text(f"{head}{BEGIN}\n{table(result)}\n{END}{tail}")
+    plain = result["plain"]
+    evidence = {}
+    for row in plain["results"]:
+        for name in row["methods"]:
+            # The recipe that is named after the method, else the first that uses it.
+            if name in evidence and row["name"] != name:
+                continue
+            keys = ("bits_per_weight", "weight_bytes", "kl_mean", "top1_agreement", "perplexity")
+            speeds = ("decode_ratio", "prefill_ratio", "decode_tokens_per_s", "prefill_tokens_per_s")
+            evidence[name] = {
+                "recipe": row["name"],
+                "model": plain["model"],
+                "machine": plain["machine"]["cpu"],
+                "commit": result["commit"],
+                **{key: row[key] for key in (*keys, *speeds)},
+            }
+    EVIDENCE.write_text(json.dumps({"methods": evidence}, indent=1, sort_keys=True) + "\n")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown."""
+    plain = result["plain"]
+    planted = {row["name"]: row for row in result["planted"]["results"]}
+    lines = [
+        f"{plain['model']}, {plain['tokens']} tokens of {plain['text']}, base perplexity "
+        f"{plain['base_perplexity']:.3f}; {plain['machine']['cpu']}, "
+        f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}. Speeds are "
+        f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has fewer "
+        "bytes and less KL. "
+        "The last two columns are of the model with planted outliers.",
+        "",
+        "| recipe | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s | compress s "
+        "| planted KL | planted perplexity |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in plain["results"]:
+        other = planted[row["name"]]
+        took = result["compress_s"].get(row["name"])
+        lines.append(
+            f"| {row['name']}{' *' if row['pareto'] else ''} | {row['bits_per_weight']:.2f} "
+            f"| {row['weight_bytes'] / 1e6:.1f} | {row['kl_mean']:.4g} | {100 * row['top1_agreement']:.1f} "
+            f"| {row['perplexity']:.3f} | {row['decode_tokens_per_s']:.0f} ({row['decode_ratio']:.2f}x) "
+            f"| {row['prefill_tokens_per_s']:,.0f} ({row['prefill_ratio']:.2f}x) "
+            f"| {'' if took is None else f'{took:.0f}'} "
+            f"| {other['kl_mean']:.4g} | {other['perplexity']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Quantised Hugging Face directories: codes kept, values exact, logits those of the dequantised model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gristmill.backends.native import NativeExecutor
+from gristmill.backends.reference import ReferenceExecutor
+from gristmill.formats import group_int
+from gristmill.formats.packed import decode
+from gristmill.io.checkpoint import Checkpoint
+from gristmill.io.convert import import_huggingface
+from tests.kits import files, models, quantised
+from tests.kits.quantised import Layer, Stored
+
+
+def convert(source: Path) -> Checkpoint:
+    out = source.with_name(f"{source.name}-checkpoint")
+    out.mkdir()
+    import_huggingface(source, out)
+    return Checkpoint.open(out)
+
+
+def check(checkpoint: Checkpoint, layers: dict[str, Layer]) -> None:
+    """Every code, and every value in float64, is what was written."""
+    for name, one in layers.items():
+        packed = checkpoint.packed(name)
+        codes, _, _ = group_int.unpack(packed)
+        assert np.array_equal(codes, one.codes), name
+        assert np.array_equal(decode(packed), one.values()), name
+
+
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "GEMM", "zero_point": True}
+Case = tuple[dict[str, Any], Callable[[Layer], Stored], dict[str, Any]]
+
+
+def gptq(bits: int, group: int, zero: int | None, form: str, **extra: Any) -> Case:
+    config = {**GPTQ, "bits": bits, "group_size": group, "checkpoint_format": form} | extra
+    return config, partial(quantised.gptq, form=form), {"bits": bits, "group": group, "zero": zero}
+
+
+def packed(bits: int, group: int, zero: int | None, *, plain: bool = False, **made: Any) -> Case:
+    symmetric = zero == 1 << (bits - 1)
+    sizes = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    config = quantised.scheme(num_bits=bits, symmetric=symmetric, **sizes)
+    if plain:
+        config["format"] = "int-quantized"
+        inputs = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True}
+        config["config_groups"]["group_0"]["input_activations"] = inputs
+    encode = partial(quantised.plain if plain else quantised.packed, symmetric=symmetric)
+    return config, encode, {"bits": bits, "group": group, "zero": zero, **made}
+
+
+CASES: dict[str, Case] = {
+    **{
+        f"gptq-{bits}-{form}-{'sym' if sym else 'asym'}": gptq(
+            bits, 32, 1 << (bits - 1) if sym else None, form
+        )
+        for bits in (2, 3, 4, 8)
+        for form in ("gptq", "gptq_v2")
+        for sym in (True, False)
+    },
+    "gptq-row": gptq(4, -1, 8, "gptq"),
+    "gptq-row-asym": gptq(3, -1, None, "gptq"),
+    "gptq-ragged": gptq(4, 64, None, "gptq_v2"),
+    "gptq-longer-than-rows": gptq(4, 128, 8, "gptq", dynamic={"-:.*lm_head": {}}),
+    "awq": (AWQ, quantised.awq, {"bits": 4, "group": 32, "zero": None}),
+    "awq-same-zeros": (AWQ, quantised.awq, {"bits": 4, "group": 32, "zero": 7}),
+    "awq-row": ({**AWQ, "group_size": -1}, quantised.awq, {"bits": 4, "group": -1, "zero": None}),
+    "awq-bf16": (AWQ, quantised.awq, {"bits": 4, "group": 32, "zero": 9, "dtype": "BF16"}),
+    **{f"packed-{bits}": packed(bits, 32, 1 << (bits - 1)) for bits in range(2, 9)},
+    **{f"packed-{bits}-asym": packed(bits, 32, None) for bits in range(2, 9)},
+    "packed-channel": packed(4, -1, 8),
+    "packed-channel-asym": packed(8, -1, None),
+    "packed-bf16": packed(4, 16, 8, dtype="BF16"),
+    "packed-bf16-asym": packed(4, 16, None, dtype="BF16"),
+    "packed-f32": packed(8, 16, 128, dtype="F32"),
+    "plain-channel": packed(8, -1, 128, plain=True),
+    "plain-channel-asym": packed(8, -1, None, plain=True),
+    "plain-group-bf16": packed(8, 32, 128, plain=True, dtype="BF16"),
+    "plain-4": packed(4, 32, None, plain=True),
+}
+
+
+def layers_of(of: dict[str, Any], made: dict[str, Any]) -> dict[str, Layer]:
+    result = {}
+    for seed, (name, shape) in enumerate(quantised.linears(of).items()):
+        group = shape[1] if made["group"] == -1 else made["group"]
+        result[name] = quantised.layer(shape, **{**made, "group": group}, seed=seed)
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_and_values_are_kept(tmp_path: Path, name: str) -> None:
+    quantization, encode, made = CASES[name]
+    of = quantised.small()
+    layers = layers_of(of, made)
+    source = quantised.write(tmp_path / "m", of, quantization, quantised.stored(of, layers, encode))
+    checkpoint = convert(source)
+    check(checkpoint, layers)
+    for matrix in layers:
+        spec = checkpoint.specs[matrix]
+        assert spec.mins == (made["zero"] is None)
+        if not spec.mins:
+            assert spec.offset == made["zero"]
+            assert spec.scales == ("f16" if made.get("dtype", "F16") == "F16" else "f32")
+    assert checkpoint.specs["model.embed_tokens.weight"].format == "f32"
+    assert {key: checkpoint.config[key] for key in of} == of
+    assert checkpoint.verify() > 0
+
+
+@pytest.mark.parametrize("name", ["gptq-3-gptq-asym", "gptq-8-gptq-sym", "awq", "packed-4", "packed-8-asym"])
+def test_logits_are_those_of_the_dequantised_model(tmp_path: Path, name: str) -> None:
+    quantization, encode, made = CASES[name]
+    of = quantised.small(num_hidden_layers=2)
+    layers = layers_of(of, made)
+    codes = convert(quantised.write(tmp_path / "q", of, quantization, quantised.stored(of, layers, encode)))
+    floats = convert(files.write_huggingface(tmp_path / "f", of, quantised.dequantised(of, layers)))
+    ids = models.tokens(40, of["vocab_size"])
+    schedule = [33, *[1] * 7]
+    expected = models.logits(ReferenceExecutor.load(floats.directory, dtype="float64"), ids, schedule)
+    reference = models.logits(ReferenceExecutor.load(codes.directory, dtype="float64"), ids, schedule)
+    assert models.relative_error(reference, expected) <= 1e-6
+    options: Any = {"activations": "exact", "kv_dtype": "f32", "threads": 2}
+    with closing(NativeExecutor.load(codes, **options)) as executor:
+        assert models.relative_error(models.logits(executor, ids, schedule, 33), expected) <= 1e-5
+
+
+def test_pieces_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices cut into the smallest pieces: rows that do not begin a word of zeros, zeros read in parts."""
+    of = quantised.small()
+    monkeypatch.setattr("gristmill.io.checkpoint._CHUNK", 1)
+    monkeypatch.setattr("gristmill.io.quantised.layers._PIECE", 1)
+    for at, name in enumerate(("gptq-3-gptq-asym", "gptq-2-gptq-sym", "awq", "packed-6-asym", "plain-4")):
+        quantization, encode, made = CASES[name]
+        layers = layers_of(of, made)
+        tensors = quantised.stored(of, layers, encode)
+        check(convert(quantised.write(tmp_path / str(at), of, quantization, tensors)), layers)

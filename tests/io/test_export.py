@@ -1,0 +1,288 @@
+"""Export: what is written reads back as it was, code for code, here and elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gristmill.errors import GristmillError, ModelError, UsageError
+from gristmill.formats import dense, group_int
+from gristmill.formats.packed import Packed, decode, decode_f32
+from gristmill.io import checkpoint, convert
+from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Vector
+from gristmill.io.convert import import_gguf, import_huggingface
+from gristmill.io.export import FORMS, export, export_compressed_tensors, export_dense
+from gristmill.io.safetensors import SafetensorsFile
+from tests.kits import files, models, quantised
+from tests.kits.hostile import assert_one_line, assert_refused
+
+
+def written(directory: Path, of: dict[str, Any], packed: dict[str, Packed]) -> Path:
+    """A checkpoint with these matrices; all others are bf16."""
+    items: dict[str, Item] = {}
+    for name, values in files.weights(of).items():
+        if values.ndim == 1:
+            items[name] = Vector(len(values), lambda v=values: v)
+        else:
+            matrix = packed.get(name) or dense.pack(values, "bf16")
+            items[name] = Matrix(matrix.spec, matrix.rows)
+    directory.mkdir()
+    checkpoint.write(directory, of, items, report={}, recipe="")
+    return directory
+
+
+def integers(one: quantised.Layer, *, mins: bool, offset: int, half: bool = False) -> Packed:
+    """A layer of the kit as a packed matrix, with its zeros as minimums or as the offset."""
+    scales = one.scales.astype(np.float16 if half else np.float32)
+    low = (one.scales * (offset - one.zeros)).astype(np.float32) if mins else None
+    return group_int.pack(
+        one.codes.astype(np.uint8), scales, low, bits=one.bits, group=one.group, offset=offset
+    )
+
+
+def back(exported: Path, directory: Path) -> Checkpoint:
+    directory.mkdir()
+    import_huggingface(exported, directory)
+    return Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_converted_models_come_back_code_for_code(tmp_path: Path, mode: str, tie: bool) -> None:
+    of = models.configs()["llama-smollm2"] | {"tie_word_embeddings": tie, "intermediate_size": 320}
+    source, _ = models.save(tmp_path / "hf", of)
+    (source / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    for name in ("stored", mode):
+        (tmp_path / name).mkdir()
+    import_huggingface(source, tmp_path / "stored")
+    convert._requantise(tmp_path / "stored", tmp_path / mode, mode, None)
+    steps: list[tuple[int, int]] = []
+    export_compressed_tensors(
+        tmp_path / mode, tmp_path / "out", lambda _, done, total: steps.append((done, total))
+    )
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1] > 0
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"add_bos_token": True}
+    first, second = Checkpoint.open(tmp_path / mode), back(tmp_path / "out", tmp_path / "back")
+    assert {key: second.config[key] for key in of} == of
+    for name in first.names():
+        if name not in first.specs:
+            assert np.array_equal(first.vector(name), second.vector(name))
+        elif name == "model.embed_tokens.weight":
+            assert np.array_equal(decode_f32(first.packed(name)), decode_f32(second.packed(name)))
+        else:
+            assert first.specs[name] == second.specs[name]
+            for part, array in first.packed(name).arrays.items():
+                assert np.array_equal(array, second.packed(name).arrays[part]), (name, part)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found["ignore"] == (["lm_head"] if tie else [])
+    assert [group["targets"] for group in found["config_groups"].values()] == [["Linear"]]
+
+
+def test_mixed_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scheme at once, float layers among them, in the smallest pieces."""
+    monkeypatch.setattr("gristmill.io.export._PIECE", 1)
+    of = quantised.small(vocab_size=275)
+    names = list(quantised.linears(of))
+    shapes = quantised.linears(of)
+
+    def layer(index: int, *args: Any, **options: Any) -> quantised.Layer:
+        return quantised.layer(shapes[names[index]], *args, **options)
+
+    packed = {
+        names[0]: integers(layer(0, 4, 32, zero=8), mins=False, offset=8, half=True),
+        names[1]: integers(layer(1, 4, 32), mins=True, offset=0),
+        names[2]: integers(layer(2, 8, 96, zero=128), mins=False, offset=128),
+        names[3]: integers(layer(3, 8, 16), mins=True, offset=128),
+        names[4]: integers(layer(4, 4, 96, zero=3), mins=False, offset=3, half=True),
+        "lm_head.weight": integers(quantised.layer((275, 96), 4, 32), mins=True, offset=0),
+        "model.embed_tokens.weight": integers(quantised.layer((275, 96), 4, 64), mins=True, offset=0),
+    }
+    export_compressed_tensors(written(tmp_path / "c", of, packed), tmp_path / "out")
+    second = back(tmp_path / "out", tmp_path / "back")
+    for name, matrix in packed.items():
+        assert np.array_equal(decode(second.packed(name)), decode(matrix)), name
+        if name != "model.embed_tokens.weight":
+            assert np.array_equal(group_int.unpack(second.packed(name))[0], group_int.unpack(matrix)[0])
+    assert second.specs[names[5]].format == "bf16"
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["ignore"] == [name.removesuffix(".weight") for name in names[5:]]
+    targets = [target for group in quantization["config_groups"].values() for target in group["targets"]]
+    linear = set(packed) - {"model.embed_tokens.weight"}
+    assert sorted(targets) == sorted(name.removesuffix(".weight") for name in linear)
+
+
+def test_the_words_are_those_of_the_encoder(tmp_path: Path) -> None:
+    of = quantised.small()
+    for at, symmetric in enumerate((True, False)):
+        layers = {
+            name: quantised.layer(shape, 4, 32, zero=8 if symmetric else None, dtype="F32")
+            for name, shape in quantised.linears(of).items()
+        }
+        packed = {
+            n: integers(one, mins=not symmetric, offset=8 if symmetric else 0) for n, one in layers.items()
+        }
+        export_compressed_tensors(written(tmp_path / f"c{at}", of, packed), tmp_path / f"out{at}")
+        file = SafetensorsFile(tmp_path / f"out{at}" / "model.safetensors")
+        for name, one in layers.items():
+            parts = quantised.packed(one, symmetric)
+            stem = name.removesuffix(".weight")
+            assert {f"{stem}.{part}" for part in parts} == {
+                n for n in file.entries if n.startswith(f"{stem}.")
+            }
+            for part, (dtype, values) in parts.items():
+                assert file.entries[f"{stem}.{part}"].dtype == dtype
+                assert np.array_equal(file.array(f"{stem}.{part}"), values)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+def test_plain_floats(tmp_path: Path, dtype: str) -> None:
+    of = files.config(torch_dtype="bfloat16")
+    (tmp_path / "c").mkdir()
+    import_gguf(files.write_gguf(tmp_path / "x.gguf", of, files.weights(of), "Q4_1"), tmp_path / "c")
+    export_dense(tmp_path / "c", tmp_path / "out", dtype)
+    source = Checkpoint.open(tmp_path / "c")
+    known = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert known["dtype"] == {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}[dtype]
+    assert "torch_dtype" not in known
+    assert "quantization_config" not in known
+    file = SafetensorsFile(tmp_path / "out" / "model.safetensors")
+    assert set(file.entries) == set(source.names())
+    for name in source.names():
+        values = decode_f32(source.packed(name)) if name in source.specs else source.vector(name)
+        found = file.array(name)
+        if dtype == "bf16":
+            assert np.array_equal(found, dense.to_bf16(values))
+        else:
+            assert np.array_equal(found, values.astype(np.float16 if dtype == "f16" else np.float32))
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
+    of = quantised.small()
+    name, shape = next(iter(quantised.linears(of).items()))
+    sound = quantised.layer(shape, 4, 32)
+    packed = integers(sound, mins=True, offset=0)
+
+    def changed(at: int, value: float) -> Packed:
+        mins = packed.arrays["mins"].copy()
+        mins.flat[at] = value
+        return Packed(packed.spec, {**packed.arrays, "mins": mins})
+
+    scale = np.zeros_like(packed.arrays["scales"])
+    cases = [
+        (integers(quantised.layer(shape, 4, 64), mins=True, offset=0), "groups of 64 do not divide"),
+        (changed(0, 0.123), "no whole multiples"),
+        (changed(5, np.nan), "no whole multiples"),
+        (changed(5, -1000 * sound.scales.max()), "no whole multiples"),
+        (Packed(packed.spec, {**packed.arrays, "scales": scale}), "no whole multiples"),
+    ]
+    for at, (matrix, message) in enumerate(cases):
+        path = written(tmp_path / str(at), of, {name: matrix})
+        text = assert_refused(lambda path=path: export_compressed_tensors(path, tmp_path / "out"), message)
+        assert name in text
+    path = written(tmp_path / "floats", of, {})
+    assert_refused(lambda: export_compressed_tensors(path, tmp_path / "out"), "no linear layer of integers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_float16(tmp_path: Path) -> None:
+    of = quantised.small()
+    name, shape = next(iter(quantised.linears(of).items()))
+    values = np.zeros(shape, np.float32)
+    values[17, 3] = 70000
+    path = written(tmp_path / "c", of, {name: dense.pack(values, "f32")})
+    assert name in assert_refused(lambda: export_dense(path, tmp_path / "out", "f16"), "beyond float16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    export_dense(path, tmp_path / "out", "bf16")
+
+
+def test_directories_that_exist_or_cannot_be_made(tmp_path: Path) -> None:
+    of = quantised.small()
+    path = written(tmp_path / "c", of, {})
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path, tmp_path / "c", tmp_path / "c" / "config.json", tmp_path / "link"):
+        for form in FORMS[1:]:
+            with pytest.raises(UsageError, match="exists already"):
+                export(path, out, form)
+    with pytest.raises(GristmillError, match="No such file or directory") as raised:
+        export_dense(path, tmp_path / "absent" / "out", "bf16")
+    assert_one_line(str(raised.value))
+    with pytest.raises(UsageError, match="unknown dtype 'f8'"):
+        export_dense(path, tmp_path / "out", "f8")
+    with pytest.raises(ModelError):
+        export(tmp_path / "absent", tmp_path / "out", FORMS[0])
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = quantised.small()
+    path = written(tmp_path / "c", of, {})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gristmill.io.safetensors.Writer.write", full)
+    with pytest.raises(GristmillError, match="No space left on device") as raised:
+        export_dense(path, tmp_path / "out", "f32")
+    assert_one_line(str(raised.value))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+# ---- elsewhere ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_transformers_loads_plain_floats(tmp_path: Path, dtype: str) -> None:
+    import torch
+    import transformers
+
+    of = quantised.small(tie_word_embeddings=True)
+    made = {
+        n: integers(quantised.layer(s, 4, 32), mins=True, offset=0) for n, s in quantised.linears(of).items()
+    }
+    path = written(tmp_path / "c", of, made)
+    export_dense(path, tmp_path / "out", dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == {"bf16": torch.bfloat16, "f32": torch.float32}[dtype]
+    state = model.state_dict()
+    for name, matrix in made.items():
+        expected = torch.from_numpy(decode_f32(matrix)).to(model.dtype)
+        assert torch.equal(state[name], expected)
+
+
+def test_transformers_loads_compressed_tensors(tmp_path: Path) -> None:
+    """The values that the package gives the codes; benchmarks/export_check.py compares whole logits."""
+    pytest.importorskip("compressed_tensors")
+    import torch
+    import transformers
+
+    of = quantised.small()
+    made = {
+        n: integers(quantised.layer(s, 4, 32), mins=True, offset=0) for n, s in quantised.linears(of).items()
+    }
+    export_compressed_tensors(written(tmp_path / "c", of, made), tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.int64))  # decompresses
+    for name, matrix in made.items():
+        assert torch.equal(model.get_parameter(name), torch.from_numpy(decode_f32(matrix)))
+
+
+def test_the_safetensors_package_reads_what_is_written(tmp_path: Path) -> None:
+    of = quantised.small()
+    made = {
+        n: integers(quantised.layer(s, 8, 32), mins=True, offset=0) for n, s in quantised.linears(of).items()
+    }
+    path = written(tmp_path / "c", of, made)
+    export_dense(path, tmp_path / "out", "f32")
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.array_equal(found[name], decode_f32(matrix)) for name, matrix in made.items())
