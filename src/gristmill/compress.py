@@ -118,6 +118,7 @@ def write(
         report=report,
         recipe=recipe.to_yaml(),
         program=draft.program if edited else None,
+        factors=draft.factors,
         progress=progress,
         label="writing",
     )
