@@ -53,6 +53,8 @@ class Draft:
         self.factors: Factors = dict(source.factors)
         """How rows and columns of matrices were scaled by `fold`, by its methods before and by the source's."""
         self.progress: Progress = progress or (lambda label, done, total: None)
+        self.activations: str | None = None
+        """The arithmetic of the linear layers that the methods mean, if not the default."""
         self.calibration_name = ""
         """The calibration text, once something has used it."""
         self._kept = kept
