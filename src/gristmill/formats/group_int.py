@@ -208,20 +208,13 @@ def round_group_int(
     n, k = values.shape
     offset = 1 << (bits - 1) if symmetric else 0
     target = spec((n, k), bits, group, offset, scales=scales, mins=not symmetric)
-    fit = (
-        (_search_symmetric if symmetric else _search_range)
-        if clip == "mse"
-        else (_absmax if symmetric else _range)
-    )
     scale = np.empty(n * target.groups, np.float32)
     low = np.empty(0 if symmetric else n * target.groups, np.float32)
     # Zeros in a ragged last group change no symmetric fit; for the others the last value is repeated.
     for start, stop, x in _group_columns(values, target.group, "constant" if symmetric else "edge"):
-        with np.errstate(over="ignore"):
-            scale[start:stop], low[start:stop] = fit(x, bits)
-    dtype, most = (np.float16, _F16_MAX) if scales == "f16" else (np.float32, _F32_MAX)
-    stored = np.clip(scale, -most, most).astype(dtype).reshape(n, target.groups)
-    mins = None if symmetric else np.clip(low, -most, most).astype(dtype).reshape(n, target.groups)
+        scale[start:stop], low[start:stop] = fit_columns(x, bits, symmetric=symmetric, clip=clip)
+    stored = to_stored(scale, scales).reshape(n, target.groups)
+    mins = None if symmetric else to_stored(low, scales).reshape(n, target.groups)
     codes = encode_with(values, stored, mins, bits=bits, group=target.group, offset=offset)
     if symmetric and clip == "none":
         np.maximum(codes, 1, out=codes)
@@ -265,6 +258,25 @@ def encode_with(
 
 _Fit = tuple[NDArray[np.float32], NDArray[np.float32] | float]
 """Scales and minimums of the groups in the columns of x [group, n]."""
+
+
+def fit_columns(x: NDArray[np.float32], bits: int, *, symmetric: bool, clip: Literal["none", "mse"]) -> _Fit:
+    """Scales [n] and minimums [n] (0.0 if symmetric) of groups that lie in the columns of x [group, n].
+
+    As `round_group_int` says; float32, not yet rounded to the dtype they are stored in.
+    """
+    if clip == "mse":
+        fit = _search_symmetric if symmetric else _search_range
+    else:
+        fit = _absmax if symmetric else _range
+    with np.errstate(over="ignore"):
+        return fit(x, bits)
+
+
+def to_stored(values: NDArray[np.float32], scales: Literal["f16", "f32"] = "f16") -> NDArray[Any]:
+    """Scales or minimums in the dtype they are stored in; beyond its range they take its largest value."""
+    dtype, most = (np.float16, _F16_MAX) if scales == "f16" else (np.float32, _F32_MAX)
+    return np.clip(values, -most, most).astype(dtype)
 
 
 def _group_columns(

@@ -95,22 +95,16 @@ def write(
     report: Mapping[str, Any],
     recipe: str,
     program: Program | None = None,
-<<<<<<< HEAD
     factors: Factors | None = None,
-=======
     activations: str | None = None,
->>>>>>> main
     progress: Progress | None = None,
     label: str = "converting",
 ) -> None:
     """Writes config, weights, recipe and report into an existing directory.
 
     program: what to run, if it is not what the config alone says; it names the same tensors as `items`.
-<<<<<<< HEAD
     factors: of matrices whose rows or columns a recipe has scaled.
-=======
     activations: the arithmetic that the recipe means the linear layers to have, unless a user asks otherwise.
->>>>>>> main
 
     Matrices are made in pieces, a few at a time on all processors, so that memory stays small. Raises OSError
     when the disk is full; the caller removes the directory then.

@@ -353,11 +353,8 @@ def _requantise(stored: Path, directory: Path, weights: str, progress: Progress 
         report=kept,
         recipe=_recipe(weights),
         program=source.program() if source.edited else None,
-<<<<<<< HEAD
         factors=source.factors,
-=======
         activations=source.activations,
->>>>>>> main
         progress=progress,
         label=f"converting to {weights}",
     )

@@ -105,6 +105,7 @@ def write(
         "weights": recipe.name or "recipe",
         "methods": [entry.method.name for entry in recipe.entries],
         "calibration": draft.calibration_name or None,
+        "notes": draft.notes,
         "source": kept.get("source"),
         "gristmill": __version__,
     }
