@@ -55,7 +55,7 @@ class SvdQuantOptions(Options):
     activation_bits: Literal[4, 6, 8, "none"] = 4
     grid: Annotated[int, Field(ge=0, le=100)] = 10
     iterations: Annotated[int, Field(ge=1, le=1000)] = 100
-    quantise: Literal["rtn", "none"] = "rtn"
+    quantise: Literal["rtn", "gptq", "none"] = "rtn"
 
 
 class SvdQuant(Method[SvdQuantOptions]):
@@ -191,18 +191,37 @@ class _Run:
             draft.pack_once(f"branch {nodes[0].name}", [_down(nodes), *ups], fit)
             up = torch.cat([torch.from_numpy(draft.weight(name)) for name in ups])
             branch = up @ torch.from_numpy(draft.weight(_down(nodes)))
-        residuals = (w - branch).split(sizes)
-        for name, residual, part in zip(names, residuals, branch.expand_as(w).split(sizes), strict=True):
-            values = residual.numpy()
-            if options.quantise == "none":
-                draft.set(name, values)
-            else:
-                draft.pack(
-                    name,
-                    group_int.round_group_int(values, bits=options.bits, group=options.group, symmetric=True),
-                )
+        residual = w - branch
+        if options.quantise == "none":
+            for name, part in zip(names, residual.split(sizes), strict=True):
+                draft.set(name, part.numpy())
+        else:
+            draft.pack_once(
+                f"residual {nodes[0].name}",
+                names,
+                lambda: dict(zip(names, self.packed_residual(residual, sizes, stream.inputs(nodes[0])), strict=True)),
+            )
+        for name, part in zip(names, branch.expand_as(w).split(sizes), strict=True):
             # Until the program is edited the branch is part of the matrix.
             draft.executor.weights[name] = torch.from_numpy(draft.weight(name)) + part
+
+    def packed_residual(self, residual: Tensor, sizes: list[int], inputs: Sequence[Tensor]) -> list[Packed]:
+        """The residual in codes, cut into matrices of these sizes."""
+        bits, group = self.options.bits, self.options.group
+        if self.options.quantise == "rtn":
+            return [
+                group_int.round_group_int(part.numpy(), bits=bits, group=group, symmetric=True)
+                for part in residual.split(sizes)
+            ]
+        from gristmill.calibrate.gptq import gptq
+        from gristmill.calibrate.statistics import Hessian
+
+        hessian = Hessian(residual.shape[1])
+        for rows in inputs:
+            hessian.update(self.rounded_rows(rows))
+        rounded = gptq(residual.numpy(), hessian.result(), bits=bits, group=group)
+        ends = np.cumsum(sizes)
+        return [rounded.pack(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
     def packed_branch(self, error: _Error, w: Tensor, nodes: list[Node]) -> dict[str, Packed]:
         """U and D, alternating between the low-rank fit and the rounding until the error grows."""
