@@ -72,9 +72,10 @@ def gptq(
     gathered at run time. sparse: of every four columns the two that matter least are pruned (4 bits,
     symmetric, groups of 32 n columns; without act_order).
 
-    Every row by itself: several matrices may go in one above the other. A column that H says nothing about is
-    rounded to nearest. ModelError if the weight or H is not finite; UsageError for options that exclude each
-    other.
+    Every row by itself: several matrices may go in one above the other. A row that rounding to nearest by the
+    same rules leaves with less error is rounded so (few bits without a clip search, few columns, a column
+    that H says nothing about). ModelError if the weight or H is not finite; UsageError for options that
+    exclude each other.
     """
     if sparse and (act_order or bits != 4 or not symmetric):
         raise UsageError("2:4 pruning takes symmetric 4-bit codes and no act_order")
@@ -90,60 +91,97 @@ def gptq(
         else group_int.spec((n, k), bits, group, offset, mins=not symmetric)
     )
     fit = fit or partial(_fit_plainly, bits=bits, symmetric=symmetric, clip=clip)
+    order = torch.arange(k)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    root, used = _root(hessian[order][:, order], damp)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype), upper=True)
+    sweep = _Sweep(spec, fit, root.float(), order.tolist(), sparse)
     # Transposed, so that a column of the matrix lies in one piece.
-    work = torch.from_numpy(weight.T.copy())
-    order = list(range(k))
-    if act_order:
-        taken = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        hessian, order = hessian[taken][:, taken], taken.tolist()
-    root, used = _root(hessian, damp)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(k, dtype=root.dtype), upper=True).float()
-    root = root.float()
-    scales, mins = torch.zeros(spec.groups, n), torch.zeros(spec.groups, n)
-    reciprocals = torch.zeros(spec.groups, n)
-
-    def fit_group(number: int) -> None:
-        columns = slice(number * spec.group, min((number + 1) * spec.group, k))
-        x, part = work[columns], root[columns, columns]
-        if sparse:
-            x = torch.where(_kept(x, inverse.diagonal()[columns]), x, 0.0)
-        scale, low = fit(x.numpy(), part)
-        scales[number] = torch.from_numpy(group_int.to_stored(scale).astype(np.float32))
-        mins[number] = torch.from_numpy(group_int.to_stored(np.asarray(low, np.float32)).astype(np.float32))
-        reciprocals[number] = torch.where(scales[number] == 0, 0.0, 1 / scales[number])
-
-    if act_order:
-        for number in range(spec.groups):
-            fit_group(number)
-        work = work[order]
-    codes = torch.empty(k, n, dtype=torch.uint8)
-    kept = torch.ones(k, n, dtype=torch.bool)
-    for start, stop in _blocks(k, spec.group):
-        errors = torch.empty(stop - start, n)
-        for i in range(start, stop):
-            column = order[i]
-            number = column // spec.group
-            if not act_order and column % spec.group == 0:
-                fit_group(number)
-            if sparse and i % 4 == 0:
-                quad = slice(i, min(i + 4, stop))
-                kept[quad] = _kept(work[quad], inverse.diagonal()[quad])
-            w = work[i]
-            steps = ((w - mins[number]) * reciprocals[number]).round_().clamp_(-offset, (1 << bits) - 1 - offset)
-            if sparse:
-                steps *= kept[i]
-            codes[column] = steps + offset
-            errors[i - start] = (w - (steps * scales[number] + mins[number])) / inverse[i, i]
-            work[i + 1 : stop].addr_(inverse[i, i + 1 : stop], errors[i - start], alpha=-1)
-        work[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+    columns = torch.from_numpy(np.ascontiguousarray(weight.T))
+    plain = sweep.run(columns, inverse.diagonal().diag().float())
+    found = sweep.run(columns, inverse.float())
+    worse = _errors(found, columns, hessian) > _errors(plain, columns, hessian)
+    codes, scales, mins, kept, _ = (
+        torch.where(worse, a, b).T.contiguous().numpy() for a, b in zip(plain, found, strict=True)
+    )
     return Rounded(
-        codes.T.contiguous().numpy(),
-        scales.T.contiguous().numpy().astype(np.float16),
-        None if symmetric else mins.T.contiguous().numpy().astype(np.float16),
-        kept.T.contiguous().numpy() if sparse else None,
+        codes,
+        scales.astype(np.float16),
+        None if symmetric else mins.astype(np.float16),
+        kept if sparse else None,
         spec,
         used,
     )
+
+
+class _Result(NamedTuple):
+    codes: Tensor
+    """uint8 [K, N]"""
+    scales: Tensor
+    """float32 [G, N], already of values that float16 holds; as the minimums."""
+    mins: Tensor
+    kept: Tensor
+    """bool [K, N]"""
+    values: Tensor
+    """float32 [K, N]: what the codes stand for."""
+
+
+def _errors(result: _Result, columns: Tensor, hessian: Tensor) -> Tensor:
+    """e H e^T of every row of the matrix, [N] float64."""
+    error = (result.values - columns).double()
+    return (error * (hessian.double() @ error)).sum(0)
+
+
+class _Sweep:
+    """The columns of a matrix, one by one."""
+
+    def __init__(self, spec: PackedSpec, fit: Fit, root: Tensor, order: list[int], sparse: bool) -> None:
+        self.spec, self.fit, self.root, self.order, self.sparse = spec, fit, root, order, sparse
+
+    def run(self, columns: Tensor, inverse: Tensor) -> _Result:
+        """Rounds the columns [K, N], with `inverse` as U: a diagonal one lets every column end by itself."""
+        spec, order = self.spec, self.order
+        (n, k), low, high = spec.shape, -spec.offset, (1 << spec.bits) - 1 - spec.offset
+        scales, mins, reciprocals = (torch.zeros(spec.groups, n) for _ in range(3))
+        codes, values = torch.empty(k, n, dtype=torch.uint8), torch.empty(k, n)
+        kept = torch.ones(k, n, dtype=torch.bool)
+        diagonal = inverse.diagonal()
+        work = columns.clone()
+
+        def fit(number: int) -> None:
+            place = slice(number * spec.group, min((number + 1) * spec.group, k))
+            x = work[place]
+            if self.sparse:
+                x = torch.where(_kept(x, diagonal[place]), x, 0.0)
+            scale, least = self.fit(x.numpy(), self.root[place, place])
+            scales[number] = torch.as_tensor(group_int.to_stored(scale))
+            mins[number] = torch.as_tensor(group_int.to_stored(least))
+            reciprocals[number] = torch.where(scales[number] == 0, 0.0, 1 / scales[number])
+
+        in_place = order == list(range(k))
+        if not in_place:
+            for number in range(spec.groups):
+                fit(number)
+            work = work[order]
+        for start, stop in _blocks(k, spec.group):
+            errors = torch.empty(stop - start, n)
+            for i in range(start, stop):
+                column = order[i]
+                group = column // spec.group
+                if in_place and i % spec.group == 0:
+                    fit(group)
+                if self.sparse and i % 4 == 0:
+                    quad = slice(i, min(i + 4, stop))
+                    kept[quad] = _kept(work[quad], diagonal[quad])
+                steps = ((work[i] - mins[group]) * reciprocals[group]).round_().clamp_(low, high)
+                steps *= kept[column]
+                codes[column] = steps + spec.offset
+                values[column] = steps * scales[group] + mins[group]
+                errors[i - start] = (work[i] - values[column]) / diagonal[i]
+                work[i + 1 : stop].addr_(inverse[i, i + 1 : stop], errors[i - start], alpha=-1)
+            work[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+        return _Result(codes, scales, mins, kept, values)
 
 
 def _root(hessian: Tensor, damp: float) -> tuple[Tensor, float]:

@@ -273,7 +273,7 @@ def fit_columns(x: NDArray[np.float32], bits: int, *, symmetric: bool, clip: Lit
         return fit(x, bits)
 
 
-def to_stored(values: NDArray[np.float32], scales: Literal["f16", "f32"] = "f16") -> NDArray[Any]:
+def to_stored(values: NDArray[np.float32] | float, scales: Literal["f16", "f32"] = "f16") -> NDArray[Any]:
     """Scales or minimums in the dtype they are stored in; beyond its range they take its largest value."""
     dtype, most = (np.float16, _F16_MAX) if scales == "f16" else (np.float32, _F32_MAX)
     return np.clip(values, -most, most).astype(dtype)

@@ -49,4 +49,3 @@ class Gptq(Method[GptqOptions]):
 
 
 METHOD = Gptq()
-"""The method."""
