@@ -75,17 +75,31 @@ class Stream:
         """
         return self.evaluate_span(node, node, weights)
 
-    def evaluate_span(self, first: Node, last: Node, weights: Mapping[str, Tensor] | None = None) -> Rows:
+    def evaluate_span(
+        self,
+        first: Node,
+        last: Node,
+        weights: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, Rows] | None = None,
+    ) -> Rows:
         """The first output of `last` after the nodes from `first` to `last` ran, as in `evaluate`.
 
         What the span reads and does not write itself must be at hand: say, from q_proj to o_proj while q_proj
         is the node at hand. The buffers in between are those of one sequence at a time.
+
+        given: rows of buffers of the span, for the first sequences or all, in place of the nodes that write
+        them; the result has as many sequences.
         """
+        given = given or {}
         start, stop = self._index[first.name], self._index[last.name]
         if start > stop:
             raise UsageError(f"node {last.name!r} does not come after {first.name!r}")
-        span = self.program.nodes[start : stop + 1]
-        written: set[str] = set()
+        span = [
+            node
+            for node in self.program.nodes[start : stop + 1]
+            if not all(name in given for name in node.outputs)
+        ]
+        written = set(given)
         for node in span:
             for name in node.inputs:
                 if name not in written:
@@ -93,8 +107,8 @@ class Stream:
             written.update(node.outputs)
         used = self.executor.weights if weights is None else {**self.executor.weights, **weights}
         result = []
-        for i in range(len(self._ids)):
-            own: dict[str, Tensor] = {}
+        for i in range(min([len(self._ids), *map(len, given.values())])):
+            own = {name: rows[i] for name, rows in given.items()}
             for node in span:
                 inputs = [own[n] if n in own else self._held[n][i] for n in node.inputs]
                 own.update(zip(node.outputs, self._outputs(node, i, inputs, used), strict=True))

@@ -119,6 +119,7 @@ def write(
         report=report,
         recipe=recipe.to_yaml(),
         program=draft.program if edited else None,
+        factors=draft.factors,
         activations=draft.activations,
         progress=progress,
         label="writing",

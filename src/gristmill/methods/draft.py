@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats.packed import Packed, PackedSpec, decode_f32
-from gristmill.io.checkpoint import Checkpoint, Progress
+from gristmill.io.checkpoint import Checkpoint, Factors, Progress
 from gristmill.io.safetensors import SafetensorsFile, Writer
 from gristmill.methods.recipe import Calibration
 
 if TYPE_CHECKING:
     from gristmill.backends.reference import ReferenceExecutor
+    from gristmill.calibrate.sites import Site
     from gristmill.program.nodes import Program
 
 Arrays = dict[str, NDArray[Any]]
@@ -50,6 +51,8 @@ class Draft:
         """Finished matrices; `weight` gives what they decode to."""
         self.changed: set[str] = set()
         """Tensors whose values are no longer the source's."""
+        self.factors: Factors = dict(source.factors)
+        """How rows and columns of matrices were scaled by `fold`, by its methods before and by the source's."""
         self.notes: list[str] = []
         """What a method did otherwise than asked, one line each: goes into the report."""
         self.progress: Progress = progress or (lambda label, done, total: None)
@@ -92,6 +95,21 @@ class Draft:
         self._weights.pop(name, None)
         if self._executor is not None:
             self._update(name, decode_f32(packed))
+
+    def fold(self, site: Site, factors: NDArray[np.floating]) -> None:
+        """Moves scales at a site (see `calibrate.sites.fold`) and keeps them for adapters."""
+        from gristmill.calibrate.sites import fold
+
+        changed = fold({part.weight: self.weight(part.weight) for part in site.parts}, site, factors)
+        for name, values in changed.items():
+            self.set(name, values)
+        for part in site.parts:
+            shape = self.program.weights[part.weight].shape
+            if len(shape) == 2:
+                axes = list(self.factors.get(part.weight) or (np.ones(n, np.float32) for n in shape))
+                scale = np.asarray(factors, np.float64)[part.channels]
+                axes[part.axis] = (axes[part.axis] * (scale if part.consumes else 1 / scale)).astype(np.float32)
+                self.factors[part.weight] = (axes[0], axes[1])
 
     def edit(self, program: Program) -> None:
         """Replaces the program (see `gristmill.program.edits`). New weights must be `set` before it runs."""
