@@ -101,6 +101,17 @@ class Stream:
             result.append(own[last.outputs[0]])
         return result
 
+    def fork(self, executor: ReferenceExecutor) -> Stream:
+        """A stream that goes on from here with another executor; this one stays where it is.
+
+        UsageError if the other's program differs in a node that has run.
+        """
+        if executor.program.nodes[: self._next] != self.program.nodes[: self._next]:
+            raise UsageError("a stream can only be forked to a program that begins with the same nodes")
+        other = Stream(executor, self._ids)
+        other._held, other._next = dict(self._held), self._next
+        return other
+
     def run_to_end(self) -> Rows:
         """Runs all nodes that have not run: the program's output, as `output`."""
         for _ in self:
