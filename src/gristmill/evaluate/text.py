@@ -33,7 +33,8 @@ class Text:
 def builtin_text() -> Text:
     """English prose that is on every machine with Python: the language reference in `pydoc_data.topics`.
 
-    It differs a little between Python versions, so the name says which.
+    It differs a little between Python versions, so the name says which. Evaluations read it from its start;
+    calibration takes its second half (`gristmill.calibrate.text`).
     """
     from pydoc_data.topics import topics
 
@@ -57,6 +58,12 @@ def read_text(path: str | Path | None) -> Text:
     return Text(path.name, content)
 
 
+def begin_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The begin token, if the model asks for one in front of a text; else nothing."""
+    start = tokenizer.encode("", add_special=True)
+    return start[:1] if start and start[0] == tokenizer.bos_token_id else []
+
+
 def windows(tokenizer: Tokenizer, text: Text, tokens: int, window: int) -> list[NDArray[np.int32]]:
     """The first `tokens` tokens of a text in independent windows of at most `window` tokens, int32 each.
 
@@ -65,8 +72,7 @@ def windows(tokenizer: Tokenizer, text: Text, tokens: int, window: int) -> list[
     """
     if tokens < 2 or window < 2:
         raise UsageError("an evaluation needs windows of at least 2 tokens")
-    start = tokenizer.encode("", add_special=True)
-    begin = start[:1] if start and start[0] == tokenizer.bos_token_id else []
+    begin = begin_tokens(tokenizer)
     ids: list[int] = []
     # Tokenising only as much of a long text as is needed; the last tokens of a cut text may be other ones.
     characters = 16 * tokens
