@@ -107,7 +107,12 @@ void bind_program(nb::module_& m) {
       .value("BF16", gm::Storage::kBf16)
       .value("F16", gm::Storage::kF16)
       .value("INT4", gm::Storage::kInt4)
-      .value("INT8", gm::Storage::kInt8);
+      .value("INT8", gm::Storage::kInt8)
+      .value("INT2", gm::Storage::kInt2)
+      .value("INT3", gm::Storage::kInt3)
+      .value("INT5", gm::Storage::kInt5)
+      .value("INT6", gm::Storage::kInt6)
+      .value("SPARSE24", gm::Storage::kSparse24);
   nb::enum_<gm::Encoding>(m, "Encoding")
       .value("F32", gm::Encoding::kF32)
       .value("BF16", gm::Encoding::kBf16)

@@ -28,6 +28,7 @@
 // Fewer than 16 rows leave tiles partly empty, and go to the VNNI kernel.
 #include <immintrin.h>
 
+#include "codes.h"
 #include "gristmill/kernel.h"
 #include "vec/tiles.h"
 #include "vec/vec.h"
@@ -102,22 +103,15 @@ void pack(const Weight& w, const AmxShape& s, const Int8Rows& x, int64_t first, 
 
 // The codes of a block less `shift`, as [groups][steps][step / 4][16 lanes][4]. The columns that fill a step
 // are left as they are: they meet zeros in the packed rows.
+template <class Codes>
 void decode(const Weight& w, const AmxShape& s, int64_t block, int shift, uint8_t* strip) {
-  const bool int4 = w.storage == Storage::kInt4;
-  const uint8_t* codes = static_cast<const uint8_t*>(w.values) + block * w.kp * (int4 ? 8 : 16);
+  const uint8_t* piece = w.codes(block);
   const __m512i less = _mm512_set1_epi8(static_cast<char>(shift));
   for (int64_t g = 0; g < w.groups; ++g, strip += s.width * 16) {
-    const int64_t columns = columns_of(w, g);
-    if (int4) {
-      for (int64_t c = 0; c < columns; c += 8, codes += 64) {
-        const vb packed = vb_load(codes);
-        _mm512_store_si512(strip + c * 16, _mm512_sub_epi8(vb_low_nibble(packed).v, less));
-        _mm512_store_si512(strip + c * 16 + 64, _mm512_sub_epi8(vb_high_nibble(packed).v, less));
-      }
-    } else {
-      for (int64_t c = 0; c < columns; c += 4, codes += 64) {
-        _mm512_store_si512(strip + c * 16, _mm512_sub_epi8(vb_load(codes).v, less));
-      }
+    for (int64_t c = 0; c < columns_of(w, g); c += Codes::kColumns, piece += Codes::kBytes) {
+      each_vector<Codes>(piece, [&](vb codes, int64_t at) {
+        _mm512_store_si512(strip + (c + at) * 16, _mm512_sub_epi8(codes.v, less));
+      });
     }
   }
 }
@@ -223,7 +217,7 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   }
   Codes codes = w.offset == 0 ? Codes::kUnsigned : Codes::kCorrected;
   int shift = 0;
-  if (w.storage == Storage::kInt4 ? w.offset <= 128 : w.offset == 128) {
+  if (w.storage == Storage::kInt8 ? w.offset == 128 : w.offset <= 128) {
     codes = Codes::kSigned;
     shift = w.offset;
   }
@@ -261,7 +255,9 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
         job.b[j] = strips + j * tile_bytes;
         job.scales[j] = static_cast<const char*>(w.scales) + (b + j) * scale_bytes;
         job.mins[j] = w.mins == nullptr ? nullptr : static_cast<const char*>(w.mins) + (b + j) * scale_bytes;
-        decode(w, s, b + j, shift, strips + j * tile_bytes);
+        with_codes(w.storage, [&](auto storage) {
+          decode<decltype(storage)>(w, s, b + j, shift, strips + j * tile_bytes);
+        });
       }
       for (int64_t t = 0; t < count; t += 2) {
         const int high = count - t < 2 ? 1 : 2;
@@ -300,14 +296,13 @@ inline __m512i bf16_pair(vf even, vf odd) {
   return _mm512_permutexvar_epi16(order, both);
 }
 
-template <bool kInt4, bool kMins>
+template <class Codes, bool kMins>
 void integers_to_bf16(const Weight& w, int64_t block, uint16_t* strip) {
-  constexpr int64_t kWord = kInt4 ? 8 : 4;
-  const uint8_t* codes = static_cast<const uint8_t*>(w.values) + block * w.kp * (kInt4 ? 8 : 16);
+  const uint8_t* piece = w.codes(block);
   const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
   const char* scales = static_cast<const char*>(w.scales) + block * scale_bytes;
   const char* mins = kMins ? static_cast<const char*>(w.mins) + block * scale_bytes : nullptr;
-  const vi mask = vi_set1(kInt4 ? 15 : 255), offset = vi_set1(-w.offset);
+  const vi mask = vi_set1(255), offset = vi_set1(-w.offset);
   for (int64_t g = 0; g < w.groups; ++g) {
     const vf scale = load_scale(scales, g, w.wide_scales);
     const vf low = kMins ? load_scale(mins, g, w.wide_scales) : vf_zero();
@@ -315,15 +310,13 @@ void integers_to_bf16(const Weight& w, int64_t block, uint16_t* strip) {
       const vf x = scale * vi_float((bits & mask) + offset);
       return kMins ? x + low : x;
     };
-    // A lane's 32 bits are four columns, or twice four nibbles.
-    for (int64_t c = 0; c < columns_of(w, g); c += kWord, codes += 64, strip += kWord * 16) {
-      const vi word = vi_load(reinterpret_cast<const int32_t*>(codes));
-      _mm512_storeu_si512(strip, bf16_pair(value(word), value(vi_shr<8>(word))));
-      _mm512_storeu_si512(strip + 32, bf16_pair(value(vi_shr<16>(word)), value(vi_shr<24>(word))));
-      if constexpr (kInt4) {
-        _mm512_storeu_si512(strip + 64, bf16_pair(value(vi_shr<4>(word)), value(vi_shr<12>(word))));
-        _mm512_storeu_si512(strip + 96, bf16_pair(value(vi_shr<20>(word)), value(vi_shr<28>(word))));
-      }
+    for (int64_t c = 0; c < columns_of(w, g); c += Codes::kColumns, piece += Codes::kBytes) {
+      each_vector<Codes>(piece, [&](vb codes, int64_t) {
+        const vi lanes = vb_lanes(codes);
+        _mm512_storeu_si512(strip, bf16_pair(value(lanes), value(vi_shr<8>(lanes))));
+        _mm512_storeu_si512(strip + 32, bf16_pair(value(vi_shr<16>(lanes)), value(vi_shr<24>(lanes))));
+        strip += 64;
+      });
     }
   }
 }
@@ -352,13 +345,12 @@ const uint16_t* to_bf16(const Weight& w, int64_t steps, int64_t block, uint16_t*
       }
       break;
     }
-    case Storage::kInt4:
-      w.mins ? integers_to_bf16<true, true>(w, block, strip) : integers_to_bf16<true, false>(w, block, strip);
-      break;
-    case Storage::kInt8:
-      w.mins ? integers_to_bf16<false, true>(w, block, strip)
-             : integers_to_bf16<false, false>(w, block, strip);
-      break;
+    default:
+      with_codes(w.storage, [&](auto storage) {
+        using Codes = decltype(storage);
+        w.mins ? integers_to_bf16<Codes, true>(w, block, strip)
+               : integers_to_bf16<Codes, false>(w, block, strip);
+      });
   }
   return strip;
 }

@@ -3,6 +3,7 @@
 //
 // f32: one FMA chain per output, columns ascending. bf16: per pair of columns, the odd then the even product,
 // each a fused step into the same f32 accumulator (what vdpbf16ps does), pairs ascending.
+#include "codes.h"
 #include "kernels.h"
 #include "vec/vec.h"
 
@@ -24,41 +25,38 @@ struct Decoder {
   }
 
   // Integer storage: scale * (code - offset) + min, in that order of rounding.
-  template <class Emit>
+  template <class Codes, class Emit>
   void each_int(int64_t k0, int64_t n, Emit emit) const {
-    const vi offset = vi_set1(-w.offset);
+    const vi offset = vi_set1(-w.offset), mask = vi_set1(255);
     int64_t g = k0 / w.group, g_end = (g + 1) * w.group;
     vf scale = scale_at(w.scales, g);
     vf low = w.mins == nullptr ? vf_zero() : scale_at(w.mins, g);
-    const bool int4 = w.storage == Storage::kInt4;
-    const int64_t width = int4 ? 8 : 4;
-    const uint8_t* codes =
-        static_cast<const uint8_t*>(w.values) + block * w.kp * (int4 ? 8 : 16) + k0 / width * 64;
-    const vi mask = vi_set1(int4 ? 15 : 255);
-    for (int64_t k = k0; k < k0 + n; k += width, codes += 64) {
-      if (k >= g_end && g + 1 < w.groups) {
+    const uint8_t* piece = w.codes(block) + k0 / Codes::kColumns * Codes::kBytes;
+    for (int64_t c = 0; c < n; c += Codes::kColumns, piece += Codes::kBytes) {
+      if (k0 + c >= g_end && g + 1 < w.groups) {
         ++g;
         g_end += w.group;
         scale = scale_at(w.scales, g);
         low = w.mins == nullptr ? vf_zero() : scale_at(w.mins, g);
       }
-      // A lane's 32 bits are four columns, or twice four nibbles.
-      const vi word = vi_load(reinterpret_cast<const int32_t*>(codes));
-      const auto column = [&](vi bits, int64_t c) {
-        vf value = scale * vi_float((bits & mask) + offset);
-        if (w.mins != nullptr) value = value + low;
-        emit(k + c - k0, value);
-      };
-      column(word, 0);
-      column(vi_shr<8>(word), 1);
-      column(vi_shr<16>(word), 2);
-      column(vi_shr<24>(word), 3);
-      if (!int4) continue;
-      column(vi_shr<4>(word), 4);
-      column(vi_shr<12>(word), 5);
-      column(vi_shr<20>(word), 6);
-      column(vi_shr<28>(word), 7);
+      each_vector<Codes>(piece, [&](vb codes, int64_t at) {
+        const vi lanes = vb_lanes(codes);
+        const auto column = [&](vi bits, int64_t i) {
+          vf value = scale * vi_float((bits & mask) + offset);
+          if (w.mins != nullptr) value = value + low;
+          emit(c + at + i, value);
+        };
+        column(lanes, 0);
+        column(vi_shr<8>(lanes), 1);
+        column(vi_shr<16>(lanes), 2);
+        column(vi_shr<24>(lanes), 3);
+      });
     }
+  }
+
+  template <class Emit>
+  void each(int64_t k0, int64_t n, Emit emit) const {
+    with_codes(w.storage, [&](auto codes) { each_int<decltype(codes)>(k0, n, emit); });
   }
 
   const uint16_t* pairs(int64_t k0) const {
@@ -67,7 +65,7 @@ struct Decoder {
 
   void to_f32(int64_t k0, int64_t n, float* strip) const {
     if (w.integer()) {
-      each_int(k0, n, [strip](int64_t c, vf value) { vf_store(strip + c * 16, value); });
+      each(k0, n, [strip](int64_t c, vf value) { vf_store(strip + c * 16, value); });
       return;
     }
     for (int64_t c = 0; c < n; c += 2) {
@@ -81,7 +79,7 @@ struct Decoder {
   void to_bf16(int64_t k0, int64_t n, uint16_t* strip) const {
     if (w.integer()) {
       vf even = vf_zero();
-      each_int(k0, n, [strip, &even](int64_t c, vf value) {
+      each(k0, n, [strip, &even](int64_t c, vf value) {
         if (c % 2 == 0) {
           even = value;
         } else {
@@ -169,6 +167,28 @@ struct Bf16Tile {
   }
 };
 
+template <class Codes>
+void decode_codes(const Weight& w, int64_t block, int64_t lane, float* out) {
+  const auto number = [&w](const void* base, int64_t at) {
+    return w.wide_scales ? static_cast<const float*>(base)[at]
+                         : half_to_float(static_cast<const uint16_t*>(base)[at]);
+  };
+  const uint8_t* piece = w.codes(block);
+  for (int64_t k = 0; k < w.k; k += Codes::kColumns, piece += Codes::kBytes) {
+    const int64_t at = (block * w.groups + k / w.group) * 16 + lane;
+    const float scale = number(w.scales, at);
+    each_vector<Codes>(piece, [&](vb codes, int64_t c) {
+      int32_t lanes[16];
+      vi_store(lanes, vb_lanes(codes));
+      for (int64_t i = k + c; i < k + c + 4 && i < w.k; ++i) {
+        const int32_t code = lanes[lane] >> (i - k - c) * 8 & 255;
+        out[i] = scale * static_cast<float>(code - w.offset);
+        if (w.mins != nullptr) out[i] += number(w.mins, at);
+      }
+    });
+  }
+}
+
 void finish(const float* acc, int64_t rows, int64_t block, int64_t n, const LinearOut& out) {
   const int lanes = static_cast<int>(n - block * 16 < 16 ? n - block * 16 : 16);
   const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + block * 16, lanes);
@@ -231,39 +251,18 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
 
 void decode_row(const Weight& w, int64_t row, float* out) {
   const int64_t block = row / 16, lane = row % 16;
+  if (w.integer()) {
+    with_codes(w.storage, [&](auto storage) { decode_codes<decltype(storage)>(w, block, lane, out); });
+    return;
+  }
   for (int64_t k = 0; k < w.k; ++k) {
-    float value;
-    switch (w.storage) {
-      case Storage::kF32:
-        value = static_cast<const float*>(w.values)[(block * w.kp + k) * 16 + lane];
-        break;
-      case Storage::kBf16:
-      case Storage::kF16: {
-        const uint16_t bits =
-            static_cast<const uint16_t*>(w.values)[block * w.kp * 16 + (k / 2 * 16 + lane) * 2 + k % 2];
-        value = w.storage == Storage::kBf16 ? bf16_to_float(bits) : half_to_float(bits);
-        break;
-      }
-      default: {
-        const uint8_t* codes = static_cast<const uint8_t*>(w.values);
-        int code;
-        if (w.storage == Storage::kInt4) {
-          const uint8_t byte = codes[block * w.kp * 8 + (k / 8 * 16 + lane) * 4 + k % 4];
-          code = k % 8 < 4 ? byte & 15 : byte >> 4;
-        } else {
-          code = codes[block * w.kp * 16 + (k / 4 * 16 + lane) * 4 + k % 4];
-        }
-        const int64_t at = (block * w.groups + k / w.group) * 16 + lane;
-        const float scale = w.wide_scales ? static_cast<const float*>(w.scales)[at]
-                                          : half_to_float(static_cast<const uint16_t*>(w.scales)[at]);
-        value = scale * static_cast<float>(code - w.offset);
-        if (w.mins != nullptr) {
-          value += w.wide_scales ? static_cast<const float*>(w.mins)[at]
-                                 : half_to_float(static_cast<const uint16_t*>(w.mins)[at]);
-        }
-      }
+    if (w.storage == Storage::kF32) {
+      out[k] = static_cast<const float*>(w.values)[(block * w.kp + k) * 16 + lane];
+    } else {
+      const uint16_t bits =
+          static_cast<const uint16_t*>(w.values)[block * w.kp * 16 + (k / 2 * 16 + lane) * 2 + k % 2];
+      out[k] = w.storage == Storage::kBf16 ? bf16_to_float(bits) : half_to_float(bits);
     }
-    out[k] = value;
   }
 }
 

@@ -6,6 +6,7 @@
 //
 // A tile is one block of 16 output rows (the lanes) by up to 12 rows of activations: 12 int32 and 12 f32
 // accumulators fill 24 of the 32 AVX-512 registers, and every code vector is used 12 times.
+#include "codes.h"
 #include "kernels.h"
 #include "vec/vec.h"
 
@@ -30,7 +31,7 @@ inline vf load_scale(const char* p, int64_t group) {
 }
 
 // kGroup: columns per group when known at compile time, else 0.
-template <int kRows, bool kInt4, bool kWide, bool kMins, int kGroup>
+template <int kRows, class Codes, bool kWide, bool kMins, int kGroup>
 void tile(const Tile& t, vf* y) {
   vf acc[kRows];
   for (int r = 0; r < kRows; ++r) acc[r] = vf_zero();
@@ -45,26 +46,25 @@ void tile(const Tile& t, vf* y) {
     vi dot[kRows];
     GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) dot[r] = vi_set1(t.start[r * t.groups + g]);
-    if constexpr (kInt4) {
-      GM_UNROLL(8)
-      for (int64_t c = 0; c < columns; c += 8, codes += 64) {
-        if constexpr (kPrefetch) prefetch(codes + 3072);
-        const vb packed = vb_load(codes);
-        const vb low = vb_low_nibble(packed);
-        const vb high = vb_high_nibble(packed);
-        GM_UNROLL(12)
-        for (int r = 0; r < kRows; ++r) dot[r] = vi_dot_nibble(dot[r], low, q + r * t.ldq + c);
-        GM_UNROLL(12)
-        for (int r = 0; r < kRows; ++r) dot[r] = vi_dot_nibble(dot[r], high, q + r * t.ldq + c + 4);
+    const auto piece = [&](int64_t c) __attribute__((always_inline)) {
+      if constexpr (kPrefetch) {
+        GM_UNROLL(5)
+        for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + i + 3072);
       }
+      each_vector<Codes>(codes, [&](vb w, int64_t at) __attribute__((always_inline)) {
+        GM_UNROLL(12)
+        for (int r = 0; r < kRows; ++r) {
+          const int8_t* four = q + r * t.ldq + c + at;
+          dot[r] = Codes::kNarrow ? vi_dot_narrow(dot[r], w, four) : vi_dot(dot[r], w, four);
+        }
+      });
+      codes += Codes::kBytes;
+    };
+    if constexpr (Codes::kColumns <= 8) {
+      GM_UNROLL(8)
+      for (int64_t c = 0; c < columns; c += Codes::kColumns) piece(c);
     } else {
-      GM_UNROLL(8)
-      for (int64_t c = 0; c < columns; c += 4, codes += 64) {
-        if constexpr (kPrefetch) prefetch(codes + 3072);
-        const vb w = vb_load(codes);
-        GM_UNROLL(12)
-        for (int r = 0; r < kRows; ++r) dot[r] = vi_dot(dot[r], w, q + r * t.ldq + c);
-      }
+      for (int64_t c = 0; c < columns; c += Codes::kColumns) piece(c);
     }
     const vf scale = load_scale<kWide>(t.scales, g);
     GM_UNROLL(12)
@@ -82,38 +82,39 @@ void tile(const Tile& t, vf* y) {
 
 using TileFn = void (*)(const Tile&, vf*);
 
-template <bool kInt4, bool kWide, bool kMins, int kGroup>
+template <class Codes, bool kWide, bool kMins, int kGroup>
 TileFn pick_rows(int64_t rows) {
   if constexpr (kTileRows >= 12) {
-    if (rows == 12) return tile<12, kInt4, kWide, kMins, kGroup>;
-    if (rows == 8) return tile<8, kInt4, kWide, kMins, kGroup>;
+    if (rows == 12) return tile<12, Codes, kWide, kMins, kGroup>;
+    if (rows == 8) return tile<8, Codes, kWide, kMins, kGroup>;
   }
   if constexpr (kTileRows >= 4) {
-    if (rows == 4) return tile<4, kInt4, kWide, kMins, kGroup>;
-    if (rows == 2) return tile<2, kInt4, kWide, kMins, kGroup>;
+    if (rows == 4) return tile<4, Codes, kWide, kMins, kGroup>;
+    if (rows == 2) return tile<2, Codes, kWide, kMins, kGroup>;
   }
-  return tile<1, kInt4, kWide, kMins, kGroup>;
+  return tile<1, Codes, kWide, kMins, kGroup>;
 }
 
-// Common group sizes are compiled in; f32 scales and ragged last groups take the general loop.
-template <bool kInt4>
+// Common group sizes are compiled in where pieces are short; f32 scales and ragged last groups take the
+// general loop.
+template <class Codes>
 TileFn pick_format(const Weight& w, int64_t rows) {
   const bool mins = w.mins != nullptr;
   if (w.wide_scales) {
-    return mins ? pick_rows<kInt4, true, true, 0>(rows) : pick_rows<kInt4, true, false, 0>(rows);
+    return mins ? pick_rows<Codes, true, true, 0>(rows) : pick_rows<Codes, true, false, 0>(rows);
   }
-  const bool whole = w.kp == w.group * w.groups;
-  if (mins) {
-    return whole && w.group == 32 ? pick_rows<kInt4, false, true, 32>(rows)
-                                  : pick_rows<kInt4, false, true, 0>(rows);
+  if constexpr (Codes::kColumns <= 8) {
+    if (w.kp == w.group * w.groups) {
+      if (mins && w.group == 32) return pick_rows<Codes, false, true, 32>(rows);
+      if (!mins && w.group == 32) return pick_rows<Codes, false, false, 32>(rows);
+      if (!mins && w.group == 64) return pick_rows<Codes, false, false, 64>(rows);
+    }
   }
-  if (whole && w.group == 32) return pick_rows<kInt4, false, false, 32>(rows);
-  if (whole && w.group == 64) return pick_rows<kInt4, false, false, 64>(rows);
-  return pick_rows<kInt4, false, false, 0>(rows);
+  return mins ? pick_rows<Codes, false, true, 0>(rows) : pick_rows<Codes, false, false, 0>(rows);
 }
 
 TileFn pick(const Weight& w, int64_t rows) {
-  return w.storage == Storage::kInt4 ? pick_format<true>(w, rows) : pick_format<false>(w, rows);
+  return with_codes(w.storage, [&](auto codes) { return pick_format<decltype(codes)>(w, rows); });
 }
 
 // The next tile height for `left` rows of a panel.
@@ -140,7 +141,6 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   if (w.mins != nullptr) {
     for (int64_t i = 0; i < count; ++i) x_sum[i] = x.scale[i] * static_cast<float>(x.sum[i]);
   }
-  const int64_t code_bytes = w.kp * (w.storage == Storage::kInt4 ? 8 : 16);
   const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
   // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 48, or
   // large weights would be read from memory too often.
@@ -151,7 +151,7 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
     for (int64_t b = block_begin; b < block_end; ++b) {
       const int64_t lanes = w.n - b * 16 < 16 ? w.n - b * 16 : 16;
       Tile t;
-      t.codes = static_cast<const uint8_t*>(w.values) + b * code_bytes;
+      t.codes = w.codes(b);
       t.scales = static_cast<const char*>(w.scales) + b * scale_bytes;
       t.mins = w.mins == nullptr ? nullptr : static_cast<const char*>(w.mins) + b * scale_bytes;
       t.ldq = x.kp;

@@ -24,7 +24,7 @@ Arrays = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is stored; group 0 is the whole row."""
+    """How a weight is stored; group 0 is the whole row, bits 0 is 2:4 sparse."""
 
     bits: int
     group: int
@@ -50,7 +50,15 @@ FORMATS = [
     Format(8, 128, 128, wide=True, mins=True),
     Format(8, 0, 128, wide=True),
     Format(8, 0, 0, mins=True),
+    Format(2, 16, 0, wide=True, mins=True),
+    Format(3, 128, 4),
+    Format(5, 32, 0, mins=True),
+    Format(6, 64, 32),
+    Format(6, 0, 32),
+    Format(0, 32, 8),
+    Format(0, 128, 8, wide=True),
 ]
+STORAGE = {0: _native.Storage.SPARSE24} | {bits: _native.Storage[f"INT{bits}"] for bits in (2, 3, 4, 5, 6, 8)}
 
 
 @dataclass
@@ -65,11 +73,12 @@ class Linear:
 
     def __post_init__(self) -> None:
         f, rng = self.format, np.random.default_rng([self.seed, self.n, self.k, self.format.group])
-        self.group = f.group or -(-self.k // 8) * 8
+        unit = {2: 16, 3: 32, 5: 32, 6: 16, 0: 32}.get(f.bits, 8)
+        self.group = f.group or -(-self.k // unit) * unit
         self.groups = -(-self.k // self.group)
-        self.kp = -(-self.k // 8) * 8 if self.ragged else self.groups * self.group
+        self.kp = -(-self.k // unit) * unit if self.ragged else self.groups * self.group
         blocks = -(-self.n // 16)
-        self.codes: Arrays = rng.integers(0, 256, blocks * self.kp * 2 * f.bits, dtype=np.uint8)
+        self.codes: Arrays = rng.integers(0, 256, blocks * self.kp * 2 * (f.bits or 3), dtype=np.uint8)
         shape = (blocks, self.groups, 16)
         kind = np.float32 if f.wide else np.float16
         self.scales = rng.uniform(-0.1, 0.1, shape).astype(kind)
@@ -92,7 +101,7 @@ class Linear:
         if into is not None:
             out[:, : self.n] = into
         mins = self.mins.reshape(-1).view(np.uint8) if f.mins else np.zeros(0, np.uint8)
-        storage = _native.Storage.INT4 if f.bits == 4 else _native.Storage.INT8
+        storage = STORAGE[f.bits]
         shape = (self.n, self.k, self.kp, self.group, self.groups, f.offset, f.wide)
         arrays = (self.codes, self.scales.reshape(-1).view(np.uint8), mins)
         begin, end = blocks or (0, -(-self.n // 16))
@@ -263,7 +272,7 @@ def test_bf16_in_the_order_of_the_tiles(level: str, format: Format) -> None:
             x = rows(37, k)
             w = np.empty((n, k), np.float32)
             mins = linear.mins.reshape(-1).view(np.uint8) if format.mins else np.zeros(0, np.uint8)
-            storage = _native.Storage.INT4 if format.bits == 4 else _native.Storage.INT8
+            storage = STORAGE[format.bits]
             shape = (n, k, linear.kp, linear.group, linear.groups, format.offset, format.wide)
             for row in range(n):
                 scales = linear.scales.reshape(-1).view(np.uint8)

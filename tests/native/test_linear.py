@@ -27,8 +27,20 @@ FORMATS = {
     "q8_min": PackedSpec("group_int", (1, 1), 8, 32, 0, "f16", True),
     "q8_wide": PackedSpec("group_int", (1, 1), 8, 16, 32, "f32", False),
     "q8_row": PackedSpec("group_int", (1, 1), 8, 8, 128, "f32", False),  # the group becomes the whole row
+    "q4_g128": PackedSpec("group_int", (1, 1), 4, 128, 8, "f16", False),  # the last group is cut
+    "q2": PackedSpec("group_int", (1, 1), 2, 16, 0, "f32", True),
+    "q2_g64": PackedSpec("group_int", (1, 1), 2, 64, 2, "f16", False),
+    "q3": PackedSpec("group_int", (1, 1), 3, 32, 4, "f16", False),
+    "q3_g128": PackedSpec("group_int", (1, 1), 3, 128, 0, "f16", True),
+    "q5": PackedSpec("group_int", (1, 1), 5, 32, 16, "f16", False),
+    "q5_row": PackedSpec("group_int", (1, 1), 5, 32, 0, "f32", True),
+    "q6": PackedSpec("group_int", (1, 1), 6, 128, 32, "f16", False),
+    "q6_g16": PackedSpec("group_int", (1, 1), 6, 16, 32, "f32", False),
+    "q6_min": PackedSpec("group_int", (1, 1), 6, 32, 0, "f16", True),
+    "sparse24": PackedSpec("sparse24", (1, 1), 4, 64, 8, "f16", False),
+    "sparse24_row": PackedSpec("sparse24", (1, 1), 4, 32, 8, "f32", False),
 }
-STORAGE = {"f32": _native.Storage.F32, "bf16": _native.Storage.BF16, "f16": _native.Storage.F16}
+INTEGER = ("group_int", "sparse24")
 
 
 @dataclass
@@ -42,7 +54,7 @@ class Case:
 def make(name: str, n: int, k: int, seed: int = 0) -> Case:
     rng = np.random.default_rng([seed, n, k, *name.encode()])
     base = FORMATS[name]
-    group = -(-k // 8) * 8 if name == "q8_row" else base.group
+    group = -(-k // base.group) * base.group if name.endswith("_row") else base.group
     spec = PackedSpec(base.format, (n, k), base.bits, group, base.offset, base.scales, base.mins)
     arrays: dict[str, NDArray[np.generic]] = {}
     for array, (_, shape) in spec.arrays().items():
@@ -66,11 +78,9 @@ def make(name: str, n: int, k: int, seed: int = 0) -> Case:
     def flat(a: str) -> NDArray[np.uint8]:
         return arrays[a].reshape(-1).view(np.uint8) if a in arrays else empty
 
-    if spec.format == "group_int":
-        storage = _native.Storage.INT4 if spec.bits == 4 else _native.Storage.INT8
-        values = flat("codes")
-    else:
-        storage, values = STORAGE[spec.format], flat("values")
+    integer = spec.format in INTEGER
+    storage = _native.Storage[f"INT{spec.bits}" if spec.format == "group_int" else spec.format.upper()]
+    values = flat("codes" if integer else "values")
     args = (storage, n, k, spec.columns, spec.group, spec.groups, spec.offset, spec.scales == "f32")
     return Case(packed, (*args, values, flat("scales"), flat("mins")))
 
@@ -135,7 +145,7 @@ def test_against_float64(level: str, name: str) -> None:
         kinds = {"f32": (x.astype(np.float64), w, 2.0**-23 * k)}
         bf16_w = to_bf16(w.astype(np.float32)).astype(np.float64)
         kinds["bf16"] = (to_bf16(x).astype(np.float64), bf16_w, 2.0**-23 * k)
-        if case.packed.format == "group_int":
+        if case.packed.format in INTEGER:
             kinds["int8"] = (encoded(x, case.packed.group), w, 2.0**-22 * (case.packed.groups + 4))
         for arithmetic, (xs, ws, epsilon) in kinds.items():
             expected = xs @ ws.T
@@ -144,7 +154,7 @@ def test_against_float64(level: str, name: str) -> None:
             slack = (np.abs(xs) @ np.ones_like(ws).T) * np.abs(ws).max(initial=0) * 2.0**-22
             if case.packed.spec.mins and arithmetic != "bf16":
                 bound = bound + slack * 8
-            if arithmetic == "bf16" and case.packed.format == "group_int":
+            if arithmetic == "bf16" and case.packed.format in INTEGER:
                 bound = (
                     bound + (np.abs(xs) @ np.abs(ws).T) * 2.0**-8
                 )  # a decoded value may round the other way
@@ -159,7 +169,7 @@ def test_against_float64(level: str, name: str) -> None:
 @pytest.mark.parametrize("arithmetic", ["int8", "bf16", "f32"])
 def test_same_bits_on_every_level(name: str, arithmetic: str) -> None:
     case = make(name, 100, 224)
-    if arithmetic == "int8" and case.packed.format != "group_int":
+    if arithmetic == "int8" and case.packed.format not in INTEGER:
         return
     x = np.random.default_rng(1).standard_normal((7, 224)).astype(np.float32)
     # The matrix tiles have an order of their own for bf16: test_amx.py.
@@ -175,7 +185,7 @@ def test_a_row_does_not_depend_on_its_company(level: str, name: str) -> None:
     case = make(name, 50, 288)
     x = np.random.default_rng(2).standard_normal((37, 288)).astype(np.float32)
     for arithmetic in ("int8", "bf16", "f32"):
-        if arithmetic == "int8" and case.packed.format != "group_int":
+        if arithmetic == "int8" and case.packed.format not in INTEGER:
             continue
         whole = run(level, arithmetic, case, x)
         for begin, end in [(0, 1), (36, 37), (0, 2), (1, 4), (3, 9), (5, 17), (0, 16), (10, 22)]:
@@ -216,6 +226,38 @@ def test_extreme_activations() -> None:
         assert np.array_equal(got[:2], np.zeros((2, 16)))
         assert np.isfinite(got[2]).all() or np.isinf(got[2]).any()
         assert not np.isnan(got[2]).all()
+
+
+@pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if spec.format in INTEGER])
+def test_largest_sums(name: str) -> None:
+    """Every code and every activation at its end: nothing saturates, at no level."""
+    case = make(name, 16, 256)
+    x = np.full((3, 256), -2.0, np.float32)
+    x[1] = 2.0
+    x[2, ::2] = 2.0
+    for byte in (0x00, 0xFF, 0x5A):
+        case.packed.arrays["codes"][:] = byte
+        case.packed.arrays["codes"][:, 2::3] = 0x15 if case.packed.format == "sparse24" else byte
+        w = decode(case.packed)
+        for level in LEVELS:
+            got = run(level, "int8", case, x)
+            np.testing.assert_allclose(got, x.astype(np.float64) @ w.T, rtol=1e-4, atol=1e-2, err_msg=level)
+
+
+@pytest.mark.parametrize("name", ["sparse24", "sparse24_row"])
+@pytest.mark.parametrize("arithmetic", ["int8", "bf16", "f32"])
+def test_what_is_not_kept_adds_exactly_nothing(name: str, arithmetic: str) -> None:
+    case = make(name, 32, 192)
+    case.packed.arrays["codes"][:, 2::3] = 0  # columns 0 and 1 of every four
+    x = np.random.default_rng(8).standard_normal((3, 192)).astype(np.float32)
+    kept = np.arange(192) % 4 < 2
+    # The codes of activations depend on the largest in a group: it stays, and the others become zero.
+    x[:, ::32] = 9
+    alone = np.where(kept, x, 0).astype(np.float32)
+    for level in LEVELS:
+        np.testing.assert_array_equal(
+            run(level, arithmetic, case, x), run(level, arithmetic, case, alone), err_msg=level
+        )
 
 
 @pytest.mark.parametrize("name", FORMATS)

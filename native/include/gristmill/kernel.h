@@ -9,7 +9,24 @@
 namespace gm {
 
 // How the values of a packed weight are stored (the layouts are described in formats/packed.py).
-enum class Storage : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt4 = 3, kInt8 = 4 };
+enum class Storage : int32_t {
+  kF32 = 0,
+  kBf16 = 1,
+  kF16 = 2,
+  kInt4 = 3,
+  kInt8 = 4,
+  kInt2 = 5,
+  kInt3 = 6,
+  kInt5 = 7,
+  kInt6 = 8,
+  kSparse24 = 9
+};
+
+// Bits that the codes of a column take; 0 for float storage.
+constexpr int code_bits(Storage storage) {
+  constexpr int kBits[] = {0, 0, 0, 4, 8, 2, 3, 5, 6, 3};
+  return kBits[static_cast<int>(storage)];
+}
 
 // A packed weight of n output rows and k input columns, sixteen output rows interleaved per block.
 // Integer storage: value = scale * (code - offset) + min, one scale (and min) per group of columns and row.
@@ -24,7 +41,11 @@ struct Weight {
   int64_t kp = 0;                 // padded columns
   int64_t group = 0, groups = 0;  // columns per group; number of groups
   int64_t blocks() const { return (n + 15) / 16; }
-  bool integer() const { return storage == Storage::kInt4 || storage == Storage::kInt8; }
+  bool integer() const { return code_bits(storage) != 0; }
+  // A block's codes, as far as `values` are codes.
+  const uint8_t* codes(int64_t block) const {
+    return static_cast<const uint8_t*>(values) + block * kp * code_bits(storage) * 2;
+  }
 };
 
 // Rows of activations as int8 codes with one scale per group: x = scale * q.

@@ -119,13 +119,34 @@ inline vh vh_pack(vf even, vf odd) {
 }
 
 inline vb vb_load(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
-inline vb vb_low_nibble(vb x) {
-  const __m256i m = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+inline vb vb_set1(uint8_t x) {
+  const __m256i all = _mm256_set1_epi8(static_cast<char>(x));
+  return {all, all};
 }
-inline vb vb_high_nibble(vb x) {
-  const __m256i m = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), m)};
+inline vb operator|(vb x, vb y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+inline vb operator^(vb x, vb y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+template <int kShift, int kMask>
+inline __m256i field256(__m256i x) {
+  if constexpr (kShift > 0) x = _mm256_srli_epi16(x, kShift);
+  if constexpr (kShift < 0) x = _mm256_slli_epi16(x, -kShift);
+  return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(kMask)));
+}
+template <int kShift, int kMask>
+inline vb vb_field(vb x) {
+  return {field256<kShift, kMask>(x.a), field256<kShift, kMask>(x.b)};
+}
+inline vi vb_lanes(vb x) { return {x.a, x.b}; }
+template <int kFirst>
+inline __m256i spread256(__m256i x, __m256i pairs) {
+  const __m256i from = _mm256_permutevar8x32_epi32(load256(kSpread), pairs);
+  constexpr int kBase = 0x01010101 * kFirst, kStep = 0x04040404;
+  const __m256i lane = _mm256_setr_epi32(kBase, kBase + kStep, kBase + 2 * kStep, kBase + 3 * kStep, kBase,
+                                         kBase + kStep, kBase + 2 * kStep, kBase + 3 * kStep);
+  return _mm256_shuffle_epi8(x, _mm256_or_si256(from, lane));
+}
+template <int kFirst>
+inline vb vb_spread(vb x, vi pairs) {
+  return {spread256<kFirst>(x.a, pairs.a), spread256<kFirst>(x.b, pairs.b)};
 }
 // Even and odd bytes are widened and multiplied apart: vpmaddubsw would saturate for codes above 127.
 inline __m256i dot256(__m256i acc, __m256i w, __m256i even, __m256i odd) {
@@ -141,8 +162,8 @@ inline vi vi_dot(vi acc, vb w, const int8_t* a) {
   const __m256i odd = _mm256_srai_epi16(bytes, 8);
   return {dot256(acc.a, w.a, even, odd), dot256(acc.b, w.b, even, odd)};
 }
-// The same for codes below 16, where pairs stay within 2 * 15 * 127 and vpmaddubsw is exact.
-inline vi vi_dot_nibble(vi acc, vb w, const int8_t* a) {
+// The same for codes below 128, where pairs stay within 2 * 127 * 128 and vpmaddubsw is exact.
+inline vi vi_dot_narrow(vi acc, vb w, const int8_t* a) {
   int32_t four;
   memcpy(&four, a, 4);
   const __m256i bytes = _mm256_set1_epi32(four);

@@ -93,8 +93,26 @@ inline vh vh_pack(vf even, vf odd) {
 }
 
 inline vb vb_load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline vb vb_low_nibble(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-inline vb vb_high_nibble(vb a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+inline vb vb_set1(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
+inline vb operator|(vb a, vb b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline vb operator^(vb a, vb b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int kShift, int kMask>
+inline vb vb_field(vb a) {
+  if constexpr (kShift > 0) a.v = _mm512_srli_epi16(a.v, kShift);
+  if constexpr (kShift < 0) a.v = _mm512_slli_epi16(a.v, -kShift);
+  return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(kMask)))};
+}
+inline vi vb_lanes(vb a) { return {a.v}; }
+template <int kFirst>
+inline vb vb_spread(vb a, vi pairs) {
+  // Four bits of an index count here: the table is there twice.
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kSpread)));
+  const __m512i from = _mm512_permutexvar_epi32(pairs.v, table);
+  constexpr int kBase = 0x01010101 * kFirst, kStep = 0x04040404;
+  const __m512i lane =
+      _mm512_broadcast_i32x4(_mm_setr_epi32(kBase, kBase + kStep, kBase + 2 * kStep, kBase + 3 * kStep));
+  return {_mm512_shuffle_epi8(a.v, _mm512_or_si512(from, lane))};
+}
 inline vi vi_dot(vi acc, vb w, const int8_t* a) {
   int32_t four;
   memcpy(&four, a, 4);

@@ -185,13 +185,44 @@ inline vb vb_load(const uint8_t* p) {
   memcpy(r.v, p, 64);
   return r;
 }
-inline vb vb_low_nibble(vb a) {
-  for (int i = 0; i < 64; ++i) a.v[i] &= 15;
+inline vb vb_set1(uint8_t x) {
+  vb r;
+  memset(r.v, x, 64);
+  return r;
+}
+inline vb operator|(vb a, vb b) {
+  for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
   return a;
 }
-inline vb vb_high_nibble(vb a) {
-  for (int i = 0; i < 64; ++i) a.v[i] >>= 4;
+inline vb operator^(vb a, vb b) {
+  for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i];
   return a;
+}
+// Bits of every byte: shifted to the right (to the left where kShift is negative) and masked. The mask takes
+// no bit that a shift of the whole vector would bring in from the next byte.
+template <int kShift, int kMask>
+inline vb vb_field(vb a) {
+  for (int i = 0; i < 64; ++i) {
+    a.v[i] = static_cast<uint8_t>(
+        (kShift < 0 ? a.v[i] << (kShift < 0 ? -kShift : 0) : a.v[i] >> (kShift < 0 ? 0 : kShift)) & kMask);
+  }
+  return a;
+}
+// Each lane's four bytes as a number, the first byte lowest.
+inline vi vb_lanes(vb a) {
+  vi r;
+  memcpy(r.v, a.v, 64);
+  return r;
+}
+// Bytes kFirst and kFirst + 1 of every lane, put where the low three bits of the lane in `pairs` say.
+template <int kFirst>
+inline vb vb_spread(vb a, vi pairs) {
+  vb r;
+  for (int i = 0; i < 64; ++i) {
+    const uint32_t from = kSpread[pairs.v[i / 4] & 7] >> (i % 4 * 8) & 255;
+    r.v[i] = from & 128 ? 0 : a.v[i / 4 * 4 + kFirst + static_cast<int>(from)];
+  }
+  return r;
 }
 // acc[lane] += sum over j < 4 of w[4 * lane + j] * a[j], a four signed bytes; exact.
 inline vi vi_dot(vi acc, vb w, const int8_t* a) {

@@ -4,6 +4,17 @@
 // vf: 16 f32; vi: 16 int32; vb: 64 unsigned bytes; vh: 32 bf16 as 16 pairs.
 #pragma once
 
+#include <stdint.h>
+
+namespace gm::GM_LEVEL {
+
+// For vb_spread, by number of pair: which of two bytes each of a lane's four becomes, the first lowest; 128
+// for none. The pairs are (0,1) (0,2) (0,3) (1,2) (1,3) (2,3); 6 and 7 are none.
+inline constexpr uint32_t kSpread[8] = {0x80800100, 0x80018000, 0x01808000, 0x80010080,
+                                        0x01800080, 0x01008080, 0x80808080, 0x80808080};
+
+}  // namespace gm::GM_LEVEL
+
 #if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
 #include "vec/avx512.h"
 #elif defined(GM_LEVEL_avx2)
@@ -33,7 +44,7 @@ namespace gm::GM_LEVEL {
 inline constexpr int kTileRows = GM_TILE_ROWS;
 
 #if !defined(GM_LEVEL_avx2)
-inline vi vi_dot_nibble(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a); }
+inline vi vi_dot_narrow(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a); }
 #endif
 
 // exp(x), about 1.5 ulp for x in [-87, 88]; below that it is 0, above it is clamped.

@@ -22,6 +22,11 @@ class Storage(enum.Enum):
     F16 = 2
     INT4 = 3
     INT8 = 4
+    INT2 = 5
+    INT3 = 6
+    INT5 = 7
+    INT6 = 8
+    SPARSE24 = 9
 
 class Encoding(enum.Enum):
     F32 = 0

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from gristmill.formats.packed import Packed
     from gristmill.io.checkpoint import Extent
 
-_STORAGE = {
-    "f32": _native.Storage.F32,
-    "bf16": _native.Storage.BF16,
-    "f16": _native.Storage.F16,
-}
 _ALIGN = 64
 
 
@@ -33,7 +28,7 @@ class NativeWeight:
     rows: int  # N, outputs
     columns: int  # K, inputs
     integer: bool
-    storage: str  # f32, bf16, f16, int4, int8
+    storage: str  # f32, bf16, f16, int2, int3, int4, int5, int6, int8, sparse24
     group: int  # columns that share a scale; 0 for float storage
     padded: int  # Kp
     nbytes: int
@@ -74,52 +69,27 @@ class WeightStore:
     def register(self, program: _native.Program, name: str, packed: Packed) -> NativeWeight:
         """Adds one packed weight to a program."""
         rows, columns = packed.shape
-        if packed.format == "group_int":
-            storage = _native.Storage.INT4 if packed.bits == 4 else _native.Storage.INT8
-            values = packed.arrays["codes"]
-            blocks, words = int(values.shape[0]), int(values.shape[1])
-            padded = words * (8 if packed.bits == 4 else 4)
-            scales = packed.arrays["scales"]
-            groups = int(scales.shape[1])
-            # A whole-row group spans the padding, too.
-            group = max(packed.group, padded) if groups == 1 else packed.group
-            if blocks * 16 < rows or padded < columns or groups * group < padded:
-                raise ModelError(
-                    f"packed weight {name!r} has arrays that do not fit its shape {rows} x {columns}"
-                )
-            index = program.add_weight(
-                storage=storage,
-                n=rows,
-                k=columns,
-                kp=padded,
-                group=group,
-                groups=groups,
-                offset=packed.offset,
-                wide_scales=scales.dtype == np.float32,
-                values=self.address(name, "codes", values),
-                scales=self.address(name, "scales", scales),
-                mins=self.address(name, "mins", packed.arrays.get("mins")),
-            )
-            kind = "int4" if packed.bits == 4 else "int8"
-            return NativeWeight(index, rows, columns, True, kind, group, padded, packed.nbytes)
-        if packed.format not in _STORAGE:
-            raise ModelError(f"the native backend cannot read weight {name!r}: format {packed.format!r}")
-        values = packed.arrays["values"]
-        padded = int(values.shape[1]) * (1 if packed.format == "f32" else 2)
+        kind = f"int{packed.bits}" if packed.format == "group_int" else packed.format
+        arrays = packed.arrays
+        values, scales = "values" if "values" in arrays else "codes", arrays.get("scales")
+        # One group may be longer than the row.
+        group = min(packed.group, packed.columns)
         index = program.add_weight(
-            storage=_STORAGE[packed.format],
+            storage=_native.Storage[kind.upper()],
             n=rows,
             k=columns,
-            kp=padded,
-            group=0,
-            groups=0,
-            offset=0,
-            wide_scales=False,
-            values=self.address(name, "values", values),
-            scales=0,
-            mins=0,
+            kp=packed.columns,
+            group=group,
+            groups=packed.groups,
+            offset=packed.offset,
+            wide_scales=scales is not None and scales.dtype == np.float32,
+            values=self.address(name, values, arrays[values]),
+            scales=self.address(name, "scales", scales),
+            mins=self.address(name, "mins", arrays.get("mins")),
         )
-        return NativeWeight(index, rows, columns, False, packed.format, 0, padded, packed.nbytes)
+        return NativeWeight(
+            index, rows, columns, scales is not None, kind, group, packed.columns, packed.nbytes
+        )
 
 
 def _arrays(packed: Packed) -> Iterable[NDArray[np.generic]]:

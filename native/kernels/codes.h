@@ -1,0 +1,89 @@
+// How the codes of integer storages lie, and how they become vectors of unsigned bytes (the layouts are
+// described in formats/packed.py and formats/sparse24.py).
+#pragma once
+
+#include <utility>
+
+#include "gristmill/kernel.h"
+#include "vec/vec.h"
+
+namespace gm::GM_LEVEL {
+
+// A piece of a block's codes is kColumns columns in kBytes. at<v>(piece): its columns 4 v to 4 v + 3, one
+// lane of four bytes per output row.
+//
+// Planes of kLow and kHigh bits (0: one plane only): the low and the high bits of every code.
+template <int kLow, int kHigh = 0>
+struct PlaneCodes {
+  static constexpr int kColumns = 32 / (kHigh > 0 ? kHigh : kLow);
+  static constexpr int kBytes = kColumns * (kLow + kHigh) * 2;
+  static constexpr bool kNarrow = kLow + kHigh < 8;
+
+  template <int kVector>
+  static vb at(const uint8_t* piece) {
+    const vb low = field<kLow, 0, kVector>(piece);
+    if constexpr (kHigh == 0) {
+      return low;
+    } else {
+      return low | field<kHigh, kLow, kVector>(piece + kColumns * kLow * 2);
+    }
+  }
+
+ private:
+  template <int kWidth, int kAt, int kVector>
+  static vb field(const uint8_t* plane) {
+    constexpr int kEach = 8 / kWidth;
+    const vb codes = vb_load(plane + kVector / kEach * 64);
+    if constexpr (kWidth == 8) {
+      return codes;
+    } else {
+      return vb_field<kVector % kEach * kWidth - kAt, ((1 << kWidth) - 1) << kAt>(codes);
+    }
+  }
+};
+
+// 2:4: what is not kept becomes the offset's code, 8, and so adds exactly nothing.
+struct SparseCodes {
+  static constexpr int kColumns = 32, kBytes = 192;
+  static constexpr bool kNarrow = true;
+
+  template <int kVector>
+  static vb at(const uint8_t* piece) {
+    const vb values = vb_field<kVector % 4 / 2 * 4, 15>(vb_load(piece + kVector / 4 * 64));
+    const vi pairs = vi_shr<4 * kVector>(vb_lanes(vb_load(piece + 128)));
+    return vb_spread<kVector % 2 * 2>(values, pairs) ^ vb_set1(8);
+  }
+};
+
+// fn(codes, c) for every vector of a piece, c its first column in the piece.
+template <class Codes, class Fn>
+__attribute__((always_inline)) inline void each_vector(const uint8_t* piece, Fn fn) {
+  [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
+    (fn(Codes::template at<kVector>(piece), 4 * kVector), ...);
+  }(std::make_integer_sequence<int, Codes::kColumns / 4>());
+}
+
+// fn(Codes()) with the codes of an integer storage.
+template <class Fn>
+auto with_codes(Storage storage, Fn fn) {
+  switch (storage) {
+    case Storage::kInt2:
+      return fn(PlaneCodes<2>());
+    case Storage::kInt3:
+      return fn(PlaneCodes<2, 1>());
+    case Storage::kInt4:
+      return fn(PlaneCodes<4>());
+    case Storage::kInt5:
+      return fn(PlaneCodes<4, 1>());
+    case Storage::kInt6:
+      return fn(PlaneCodes<4, 2>());
+    case Storage::kInt8:
+      return fn(PlaneCodes<8>());
+    case Storage::kSparse24:
+      return fn(SparseCodes());
+    default:
+      __builtin_unreachable();
+  }
+}
+
+}  // namespace gm::GM_LEVEL
