@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from gristmill.api import ChatSession, Model, load
-    from gristmill.compress import compress
     from gristmill.engine.result import Chunk, Result, Timings, TokenLogprob
     from gristmill.engine.sampling import SamplingParams
     from gristmill.errors import (
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UsageError,
     )
+    from gristmill.methods.compress import compress
     from gristmill.methods.recipe import Recipe
     from gristmill.program.batch import CancelFlag
 
@@ -47,7 +47,7 @@ _HOMES = {
     "TokenLogprob": "gristmill.engine.result",
     "TokenizerError": "gristmill.errors",
     "UsageError": "gristmill.errors",
-    "compress": "gristmill.compress",
+    "compress": "gristmill.methods.compress",
     "load": "gristmill.api",
 }
 """Public name -> the module it is defined in."""

@@ -509,7 +509,7 @@ def compress(*, model: str, recipe: str, out: str, no_evaluate: bool, as_json: b
 
     An interrupted run resumes when it is called again. See `gristmill methods` for what a recipe may name.
     """
-    from gristmill.compress import compress as run
+    from gristmill.methods.compress import compress as run
     from gristmill.terminal import recipes
 
     with Bar() as bar:
@@ -531,3 +531,35 @@ def methods(*, name: str | None, as_json: bool) -> None:
         output.show_json(found)
     else:
         output.show(recipes.method_table(found) if name else recipes.methods_table(found))
+
+
+@app.command()
+@click.argument("model")
+@click.option(
+    "-r", "--recipes", required=True, multiple=True, help="A YAML file or a method. May be repeated."
+)
+@click.option("-o", "--out", required=True, type=click.Path(), help="Where the checkpoints and the plot go.")
+@click.option("--text", type=click.Path(), help="UTF-8 text to evaluate on. [default: pydoc_data.topics]")
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Tokens to evaluate on.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Turns of the speed measurement.")
+@click.option("--no-plot", is_flag=True, help="Do not draw OUT/pareto.png.")
+@threads_option
+@as_json
+def compare(*, model: str, out: str, no_plot: bool, as_json: bool, **options: Any) -> None:
+    """Compress MODEL by several recipes and compare size, quality and speed in one run."""
+    from pathlib import Path
+
+    from gristmill.methods import compare as comparing
+    from gristmill.terminal import recipes as tables
+
+    with Bar() as bar:
+        result = comparing.compare(model, out=out, progress=bar, **options)
+    path = Path(out) / "pareto.png"
+    if not no_plot:
+        comparing.plot(result, path)
+    if as_json:
+        output.show_json(result)
+    else:
+        output.show(tables.comparison_table(result))
+        if not no_plot:
+            output.say(f"plot: {path}")

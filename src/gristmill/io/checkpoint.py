@@ -89,12 +89,14 @@ def write(
     report: Mapping[str, Any],
     recipe: str,
     program: Program | None = None,
+    activations: str | None = None,
     progress: Progress | None = None,
     label: str = "converting",
 ) -> None:
     """Writes config, weights, recipe and report into an existing directory.
 
     program: what to run, if it is not what the config alone says; it names the same tensors as `items`.
+    activations: the arithmetic that the recipe means the linear layers to have, unless a user asks otherwise.
 
     Matrices are made in pieces, a few at a time on all processors, so that memory stays small. Raises OSError
     when the disk is full; the caller removes the directory then.
@@ -124,6 +126,8 @@ def write(
                 progress(label, done, total)
         out.sync()
     quantization = {"quant_method": "gristmill", "version": VERSION, "tensors": formats}
+    if activations is not None:
+        quantization["activations"] = activations
     dump_json(directory / "config.json", {**config, "quantization_config": quantization})
     matrices = [item.spec for item in items.values() if isinstance(item, Matrix)]
     figures = {
@@ -205,6 +209,8 @@ class Checkpoint:
         self.config = read_object(directory / "config.json")
         self.specs = read_specs(directory, self.config)
         self._file = SafetensorsFile(directory / WEIGHTS)
+        self.activations = _activations(directory, self.config)
+        """`exact`, `bf16` or `fast`, if the recipe that made the checkpoint means one of them."""
         self._program = _read_program(directory / PROGRAM)
         self.edited = self._program is not None
         """Whether a recipe has changed the program."""
@@ -336,6 +342,13 @@ def _read_program(path: Path) -> Program | None:
     except (ProgramError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ModelError(f"{path} is no valid program: {str(error)[:300]}") from None
     return program
+
+
+def _activations(directory: Path, config: Mapping[str, Any]) -> str | None:
+    value = config["quantization_config"].get("activations")
+    if value is not None and value not in ("exact", "bf16", "fast"):
+        raise ModelError(f"{directory / 'config.json'} names unknown activations: {str(value)[:40]}")
+    return None if value is None else str(value)
 
 
 def is_checkpoint(config: Mapping[str, Any]) -> bool:

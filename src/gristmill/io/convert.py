@@ -353,6 +353,7 @@ def _requantise(stored: Path, directory: Path, weights: str, progress: Progress 
         report=kept,
         recipe=_recipe(weights),
         program=source.program() if source.edited else None,
+        activations=source.activations,
         progress=progress,
         label=f"converting to {weights}",
     )

@@ -50,6 +50,8 @@ class Draft:
         self.changed: set[str] = set()
         """Tensors whose values are no longer the source's."""
         self.progress: Progress = progress or (lambda label, done, total: None)
+        self.activations: str | None = None
+        """The arithmetic of the linear layers that the methods mean, if not the default."""
         self.calibration_name = ""
         """The calibration text, once something has used it."""
         self._kept = kept

@@ -66,3 +66,22 @@ def method_table(entry: Mapping[str, Any]) -> Group:
 
 
 _LIMITS = {"minimum": "from", "maximum": "to", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+
+
+def comparison_table(result: Mapping[str, Any]) -> RenderableType:
+    """The results of `compare`; those on the Pareto front of bytes and KL are marked."""
+    columns = ("", "bits", "size", "KL", "top-1 %", "perplexity", "decode tok/s", "prefill tok/s", "best")
+    table = plain_table(*columns, right=columns[1:-1])
+    for row in result["results"]:
+        table.add_row(
+            row["name"],
+            f"{row['bits_per_weight']:.2f}",
+            size(row["weight_bytes"]),
+            f"{row['kl_mean']:.4g}",
+            f"{100 * row['top1_agreement']:.1f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['decode_tokens_per_s']:.0f} ({row['decode_ratio']:.2f}x)",
+            f"{row['prefill_tokens_per_s']:,.0f} ({row['prefill_ratio']:.2f}x)",
+            "*" if row["pareto"] else "",
+        )
+    return table

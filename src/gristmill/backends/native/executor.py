@@ -176,7 +176,8 @@ class NativeExecutor:
     ) -> NativeExecutor:
         """Loads a checkpoint, given open or by its directory.
 
-        activations None: `fast` for integer formats, else as stored.
+        activations None: what the checkpoint's recipe means, else `fast` for integer formats, as stored for
+        float ones.
         """
         from gristmill.io.checkpoint import Checkpoint
 
@@ -187,7 +188,7 @@ class NativeExecutor:
             _Tensors(checkpoint.packed, checkpoint.specs),
             _Tensors(checkpoint.vector, set(checkpoint.names()) - set(checkpoint.specs)),
             extents=checkpoint.extents,
-            activations=activations or "fast",
+            activations=activations or checkpoint.activations or "fast",
             kv_dtype=kv_dtype,
             threads=threads,
             level=level,

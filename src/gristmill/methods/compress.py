@@ -118,6 +118,7 @@ def write(
         report=report,
         recipe=recipe.to_yaml(),
         program=draft.program if edited else None,
+        activations=draft.activations,
         progress=progress,
         label="writing",
     )
