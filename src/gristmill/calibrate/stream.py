@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gristmill.backends.reference import ReferenceExecutor
@@ -36,7 +37,9 @@ class Stream:
     on the other sequences.
     """
 
-    def __init__(self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int] | NDArray[np.int64]]
+    ) -> None:
         """sequences: token ids, each a whole prompt. UsageError for an empty one or an id out of range."""
         self.executor = executor
         self.program = executor.program

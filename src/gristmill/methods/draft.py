@@ -117,18 +117,13 @@ class Draft:
     @cached_property
     def sequences(self) -> list[list[int]]:
         """The calibration text as token sequences."""
-        from gristmill.calibrate.text import calibration_text
+        from gristmill.calibrate.text import CalibrationText
 
         chosen = self.calibration
-        text = calibration_text(
-            self.source.directory,
-            chosen.text,
-            tokens=chosen.tokens,
-            sequence=chosen.sequence,
-            seed=chosen.seed,
-        )
+        wanted = CalibrationText(chosen.text, chosen.tokens, chosen.sequence, chosen.seed)
+        text = wanted.read(self.source.directory, progress=self.progress)
         self.calibration_name = text.name
-        return text.sequences
+        return [list(ids) for ids in text.ids]
 
     # Results kept ---------------------------------------------------------------------------------------
 

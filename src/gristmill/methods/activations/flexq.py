@@ -159,8 +159,10 @@ def sensitivities(
 
 def _divergence(p: Tensor, q: Tensor) -> float:
     """The sum of KL(softmax p || softmax q) over rows of logits, in float64, a few rows at a time."""
+    import torch
+
     total = 0.0
-    for rows in zip(p.split(64), q.split(64), strict=True):
+    for rows in zip(torch.split(p, 64), torch.split(q, 64), strict=True):
         log_p, log_q = (part.double().log_softmax(-1) for part in rows)
         total += float((log_p.exp() * (log_p - log_q)).sum())
     return total
