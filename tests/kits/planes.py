@@ -15,7 +15,7 @@ WORD = 32
 
 
 def split(codes: NDArray[np.integer[Any]], bits: int) -> NDArray[np.uint32]:
-    """Codes [R, K] -> planes [bits, R, ceil(K / 32)], the lowest first; column 32 w + i is bit i of word w."""
+    """Codes [R, K] -> planes [bits, R, ceil(K / 32)], lowest first; column 32 w + i is bit i of word w."""
     r, k = codes.shape
     padded = np.zeros((r, -(-k // WORD) * WORD), np.int64)
     padded[:, :k] = codes

@@ -181,12 +181,10 @@ def test_promotion() -> None:
 
 
 def bits_of(directory: Path) -> dict[str, int]:
-    program = Checkpoint.open(directory).program()
-    return {
-        n.name.split(".")[-2] + n.name.split(".")[1]: n.attributes["bits"][0]
-        for n in program.nodes
-        if n.op == "encode"
-    }
+    """Bits of every rounded input by the last part of its name and the layer."""
+    encodes = [n for n in Checkpoint.open(directory).program().nodes if n.op == "encode"]
+    parts = [(n.name.split("."), n.attributes["bits"]) for n in encodes]
+    return {part[-2] + part[1]: bits for part, (bits,) in parts}
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
