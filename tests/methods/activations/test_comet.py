@@ -61,8 +61,8 @@ def unrounded(program: Program) -> Program:
     """The orders alone."""
     nodes: list[Node] = []
     renamed: dict[str, str] = {}
-    for node in program.nodes:
-        node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
+    for original in program.nodes:
+        node = replace(original, inputs=tuple(renamed.get(name, name) for name in original.inputs))
         if node.op != "encode":
             nodes.append(node)
         elif node.weights:
@@ -170,7 +170,7 @@ def test_output_error_in_float64() -> None:
 
 def test_budget(tmp_path: Path) -> None:
     """The fewest blocks that pass: the error is within the budget, and with one block less it is not."""
-    budget = 0.05
+    budget = 0.1
     draft = draft_of("llama-smollm2", tmp_path, planted=True)
     weights = {name: torch.from_numpy(draft.weight(name).copy()) for name in draft.program.weights}
     rows: dict[str, torch.Tensor] = {}
@@ -181,21 +181,21 @@ def test_budget(tmp_path: Path) -> None:
             rows[node.name] = torch.cat(stream.inputs(node))
             readers.setdefault(node.inputs[0], []).append(node.weights[0])
     source = {node.name: node.inputs[0] for node in draft.program.nodes if node.op == "linear"}
-    counts = []
+    partly = 0
     for name, node in apply(draft, weight_bits=None, budget=budget).items():
         order = torch.argsort(-rows[name].abs().amax(0), stable=True)
         bits = np.array(node.attributes["bits"])
         high = int((bits == 8).sum())
         assert bits.tolist() == [8] * high + [4] * (len(bits) - high)
-        counts.append(high)
         columns = [weights[w][:, order] for w in readers[source[name]]]
         errors = []
         for many in (high, high - 1):
             tried = np.where(np.arange(len(bits)) < many, 8, 4)
             errors.append(comet.output_error(rows[name][:, order], columns, 64, tried))
-        assert errors[0] <= budget
-        assert high == 0 or errors[1] > budget
-    assert len(set(counts)) > 1
+        assert errors[0] <= budget or high == len(bits)
+        assert errors[1] > budget or high == 0
+        partly += 0 < high < len(bits)
+    assert partly > 0
 
 
 def test_rows_that_others_need_stay(tmp_path: Path) -> None:
@@ -211,14 +211,10 @@ def test_rows_that_others_need_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_native_agrees_with_reference(case: str, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the rain in the garden and the train on the other road " * 40)
+def test_native_agrees_with_reference(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Draft, "sequences", [models.tokens(48, 250).tolist()])
     model, _ = models.save(tmp_path / "model", models.configs()[case])
-    recipe = Recipe.from_yaml(
-        f"calibration: {{text: {text}, tokens: 96, sequence: 48}}\n"
-        "methods: [{method: comet, block: 32, share: 0.3}]"
-    )
+    recipe = Recipe.from_yaml("methods: [{method: comet, block: 32, share: 0.3}]")
     compress(model, recipe, tmp_path / "out", evaluate=False)
     made = Checkpoint.open(tmp_path / "out")
     assert {made.specs[n].bits for n in linear_weights(made.program())} == {4}
@@ -232,11 +228,8 @@ def test_native_agrees_with_reference(case: str, tmp_path: Path) -> None:
 
 
 def test_resumes_with_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("the rain in the garden and the train on the other road " * 40)
-    recipe = Recipe.from_yaml(
-        f"calibration: {{text: {text}, tokens: 64, sequence: 32}}\nmethods: [{{method: comet}}]"
-    )
+    recipe = Recipe.from_yaml("methods: [{method: comet}]")
+    monkeypatch.setattr(Draft, "sequences", [models.tokens(48, 250).tolist()])
     compress(small, recipe, tmp_path / "whole", evaluate=False)
     real = comet.group_int.round_group_int
 

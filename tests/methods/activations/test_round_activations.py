@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
 from gristmill.errors import UsageError
 from gristmill.io.checkpoint import Checkpoint
+from gristmill.io.convert import prepare
 from gristmill.methods.compress import compress
 from gristmill.methods.recipe import Recipe
 from gristmill.models import build_program
@@ -48,7 +48,7 @@ def test_inputs_are_rounded_once_each(small: Path, tmp_path: Path, group: int) -
     assert down["group"] == group or (group == 0 and down["group"] == 264)
     ids = models.tokens(30, program.vocab_size)
     expected = models.logits(ReferenceExecutor.load(tmp_path / "out", dtype="float64"), ids, [30])
-    plain = models.logits(ReferenceExecutor.load(small, dtype="float64"), ids, [30])
+    plain = models.logits(ReferenceExecutor.load(prepare(small), dtype="float64"), ids, [30])
     assert models.relative_error(plain, expected) > 0.01
     for activations in ("exact", "fast"):
         with closing(
@@ -76,4 +76,4 @@ def test_refused(small: Path, tmp_path: Path) -> None:
     compress(small, recipe(ROUND % (8, 64)), tmp_path / "out", evaluate=False)
     with pytest.raises(UsageError, match="is rounded or put in order already"):
         compress(tmp_path / "out", recipe(ROUND % (8, 64)), tmp_path / "again", evaluate=False)
-    assert np.all([path.name != "again" for path in tmp_path.iterdir()])
+    assert not (tmp_path / "again").exists()
