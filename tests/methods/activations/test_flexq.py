@@ -203,7 +203,7 @@ def test_models(case: str, tmp_path: Path) -> None:
         with closing(
             NativeExecutor.load(tmp_path / "out", activations=activations, kv_dtype="f32")
         ) as executor:
-            assert models.relative_error(models.logits(executor, ids, [30]), expected) < 0.05
+            models.check_rounded(models.logits(executor, ids, [30]), expected)
 
 
 def test_resumes_with_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_inputs_are_rounded_once_each(small: Path, tmp_path: Path, group: int) -
         with closing(
             NativeExecutor.load(tmp_path / "out", activations=activations, kv_dtype="f32")
         ) as executor:
-            assert models.relative_error(models.logits(executor, ids, [30]), expected) < 0.05
+            models.check_rounded(models.logits(executor, ids, [30]), expected)
 
 
 def test_only_the_chosen_linears(small: Path, tmp_path: Path) -> None:
