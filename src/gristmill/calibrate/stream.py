@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gristmill.backends.reference import ReferenceExecutor
@@ -36,7 +37,9 @@ class Stream:
     on the other sequences.
     """
 
-    def __init__(self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int] | NDArray[np.int64]]
+    ) -> None:
         """sequences: token ids, each a whole prompt. UsageError for an empty one or an id out of range."""
         self.executor = executor
         self.program = executor.program
@@ -114,6 +117,17 @@ class Stream:
                 own.update(zip(node.outputs, self._outputs(node, i, inputs, used), strict=True))
             result.append(own[last.outputs[0]])
         return result
+
+    def fork(self, executor: ReferenceExecutor) -> Stream:
+        """A stream that goes on from here with another executor; this one stays where it is.
+
+        UsageError if the other's program differs in a node that has run.
+        """
+        if executor.program.nodes[: self._next] != self.program.nodes[: self._next]:
+            raise UsageError("a stream can only be forked to a program that begins with the same nodes")
+        other = Stream(executor, self._ids)
+        other._held, other._next = dict(self._held), self._next
+        return other
 
     def run_to_end(self) -> Rows:
         """Runs all nodes that have not run: the program's output, as `output`."""

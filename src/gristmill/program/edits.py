@@ -6,7 +6,7 @@ declared here; whoever edits the program supplies them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from gristmill.program.checker import check
@@ -14,11 +14,14 @@ from gristmill.program.nodes import Node, Program, ProgramError, Weight
 from gristmill.program.passes import rewrite
 
 
-def linears_of(program: Program) -> dict[str, list[Node]]:
-    """Input buffer -> the linears that read it, in program order: q/k/v together, gate/up together."""
+def linears_of(program: Program, weights: Collection[str] | None = None) -> dict[str, list[Node]]:
+    """Input buffer -> the linears that read it, in program order: q/k/v together, gate/up together.
+
+    weights: only the linears of these matrices.
+    """
     result: dict[str, list[Node]] = {}
     for node in program.nodes:
-        if node.op == "linear":
+        if node.op == "linear" and (weights is None or node.weights[0] in weights):
             result.setdefault(node.inputs[0], []).append(node)
     return result
 
