@@ -148,7 +148,9 @@ def write(
         (directory / PROGRAM).write_bytes(text)
         hashes[PROGRAM] = hashlib.sha256(text).hexdigest()
     if factors:
-        vectors = {f"{name}.{axis}": pair[i] for name, pair in factors.items() for i, axis in enumerate(_AXES)}
+        vectors = {
+            f"{name}.{axis}": pair[i] for name, pair in factors.items() for i, axis in enumerate(_AXES)
+        }
         safetensors.write(directory / SMOOTHING, vectors)
         hashes[SMOOTHING] = hashlib.sha256(map_file(directory / SMOOTHING)).hexdigest()
     dump_json(directory / "report.json", {"version": VERSION, **report, **figures, "sha256": hashes})

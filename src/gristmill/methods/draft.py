@@ -108,7 +108,9 @@ class Draft:
             if len(shape) == 2:
                 axes = list(self.factors.get(part.weight) or (np.ones(n, np.float32) for n in shape))
                 scale = np.asarray(factors, np.float64)[part.channels]
-                axes[part.axis] = (axes[part.axis] * (scale if part.consumes else 1 / scale)).astype(np.float32)
+                axes[part.axis] = (axes[part.axis] * (scale if part.consumes else 1 / scale)).astype(
+                    np.float32
+                )
                 self.factors[part.weight] = (axes[0], axes[1])
 
     def edit(self, program: Program) -> None:

@@ -117,7 +117,10 @@ class _Run:
         done = 0
         for node in stream:
             for site in self.sites.get(node.name, ()):
-                draft.fold(site, draft.once(f"smooth {site.name}", lambda s=site, n=node: self.smooth(stream, s, n))["s"])
+                draft.fold(
+                    site,
+                    draft.once(f"smooth {site.name}", lambda s=site, n=node: self.smooth(stream, s, n))["s"],
+                )
             if node.name in self.groups:
                 self.round(stream, self.groups[node.name])
                 done += 1
@@ -184,7 +187,9 @@ class _Run:
         w = torch.cat([self.weight(node) for node in nodes])
 
         def fit() -> dict[str, Packed]:
-            return self.packed_branch(_Error(self.program, stream, nodes, stream.inputs(nodes[0]), w), w, nodes)
+            return self.packed_branch(
+                _Error(self.program, stream, nodes, stream.inputs(nodes[0]), w), w, nodes
+            )
 
         branch = torch.zeros(())
         if options.rank:
@@ -199,7 +204,9 @@ class _Run:
             draft.pack_once(
                 f"residual {nodes[0].name}",
                 names,
-                lambda: dict(zip(names, self.packed_residual(residual, sizes, stream.inputs(nodes[0])), strict=True)),
+                lambda: dict(
+                    zip(names, self.packed_residual(residual, sizes, stream.inputs(nodes[0])), strict=True)
+                ),
             )
         for name, part in zip(names, branch.expand_as(w).split(sizes), strict=True):
             # Until the program is edited the branch is part of the matrix.
@@ -284,7 +291,9 @@ class _Error:
             # Spread evenly, so that all of the text has its share.
             self.x = rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()]
         else:
-            count = next((i for i in range(1, len(inputs)) if sum(map(len, inputs[:i])) >= _ROWS), len(inputs))
+            count = next(
+                (i for i in range(1, len(inputs)) if sum(map(len, inputs[:i])) >= _ROWS), len(inputs)
+            )
             self.lengths = [len(rows) for rows in inputs[:count]]
             self.x = torch.cat(list(inputs[:count]))
         self.biases = torch.cat(
@@ -296,7 +305,9 @@ class _Error:
         self.sizes = [program.weights[n.weights[0]].shape[0] for n in nodes]
         self.target = self.module(self.x @ w.T)
 
-    def __call__(self, x: Tensor, fit: Fit, residual: Tensor, rounded_rows: Callable[[Tensor], Tensor]) -> float:
+    def __call__(
+        self, x: Tensor, fit: Fit, residual: Tensor, rounded_rows: Callable[[Tensor], Tensor]
+    ) -> float:
         """The error of x D^T U^T + Q(x) R^T."""
         y = self.module(x @ fit[1].T @ fit[0].T + rounded_rows(x) @ residual.T)
         return float((y - self.target).double().square().sum())
@@ -309,7 +320,8 @@ class _Error:
             return y
         parts = (y + self.biases).split(self.sizes, 1)
         given = {
-            node.outputs[0]: list(part.split(self.lengths)) for node, part in zip(self.nodes, parts, strict=True)
+            node.outputs[0]: list(part.split(self.lengths))
+            for node, part in zip(self.nodes, parts, strict=True)
         }
         return torch.cat(self.stream.evaluate_span(self.nodes[0], self.last, given=given))
 
