@@ -143,7 +143,7 @@ def test_e4m3_product(level: str, weight: str, ordered: bool) -> None:
     if ordered:
         vectors["order"] = rng.permutation(k).astype(np.float32)
     weights = {**vectors, **{name: decode_f32(p) for name, p in packed.items()}}
-    ids = np.concatenate([[3, 4], models.tokens(30, 50)]).astype(np.int32)
+    ids = np.concatenate([[3, 4], models.tokens(30, n)]).astype(np.int32)
     expected = models.logits(ReferenceExecutor(program, weights, dtype="float64"), ids, [32])
     for activations in ("exact", "fast"):
         with closing(

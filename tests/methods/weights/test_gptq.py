@@ -11,6 +11,7 @@ import torch
 from gristmill.calibrate import gptq as solver
 from gristmill.calibrate.stream import Stream
 from gristmill.formats.packed import decode_f32
+from gristmill.methods.draft import Draft
 from tests.kits import recipes
 
 
@@ -68,3 +69,21 @@ def test_says_where_it_rounded_to_nearest(tmp_path: Path, monkeypatch: pytest.Mo
         "gptq: no factor of the Hessian; rounded to nearest: model.layers.0.self_attn.q_proj.weight, "
         "model.layers.0.self_attn.k_proj.weight"
     ]
+
+
+def test_notes_are_kept_with_the_work(tmp_path: Path) -> None:
+    source = recipes.draft_of(recipes.speaking(tmp_path)).source
+    (tmp_path / "kept").mkdir()
+    computed = []
+    for _ in range(2):
+        draft = Draft(source, kept=tmp_path / "kept")
+        draft.notes.append("first")
+
+        def work(draft: Draft = draft) -> dict[str, np.ndarray]:
+            computed.append(draft)
+            draft.notes.append("second")
+            return {"x": np.ones(2, np.float32)}
+
+        assert draft.once("work", work)["x"].tolist() == [1, 1]
+        assert draft.notes == ["first", "second"]
+    assert len(computed) == 1
