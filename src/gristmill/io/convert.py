@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 """The weight modes: as stored in the source, or converted."""
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised whenever conversion gives another result, so that cached checkpoints are made anew."""
 _SIDE_LIMIT = 64 << 20
 
