@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats.packed import DTYPES, ROWS, Packed, PackedSpec
+from gristmill.io import safetensors
 from gristmill.io.expected import Shapes, check_tensors, expected_tensors
 from gristmill.io.json_file import parse_object, read_object
 from gristmill.io.mapped import map_file, read_small, short
-from gristmill.io import safetensors
 from gristmill.io.safetensors import SafetensorsFile, Writer, byte_view
 
 if TYPE_CHECKING:
