@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,13 @@ def test_shared_value_channels() -> None:
 # The method ---------------------------------------------------------------------------------------------
 
 RECIPE = "calibration: {{tokens: 96, sequence: 32}}\nmethods: [{{method: fireq, group: 32{}}}]"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRISTMILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def model(directory: Path, case: str) -> Path:
