@@ -322,7 +322,7 @@ def test_contract(level: str, activations: str, small_fireq: Path) -> None:
 @pytest.fixture(scope="module")
 def small_fireq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fireq")
-    compress(model(root, "llama-smollm2"), recipe(), root / "out", evaluate=False)
+    compress(model(root, "llama"), recipe(), root / "out", evaluate=False)
     return root / "out"
 
 
