@@ -151,10 +151,11 @@ def test_e4m3_product(level: str, weight: str, ordered: bool) -> None:
         ) as executor:
             found = models.logits(executor, ids, [32])
         exact = activations == "exact" or weight in ("bf16", "e4m3")
-        assert models.relative_error(found, expected) < (1e-5 if exact else 2**-7)
+        for rows in (slice(1, 2), slice(2, None)):  # the row of one large value apart from the others
+            assert models.relative_error(found[rows], expected[rows]) < (1e-5 if exact else 2**-7)
         assert np.array_equal(found[0], vectors["lm_head.bias"])  # a row of zeros
-    unrounded = models.logits(ReferenceExecutor(plain, weights, dtype="float64"), ids, [32])
-    assert models.relative_error(unrounded, expected) > 1e-3
+    unrounded = models.logits(ReferenceExecutor(plain, weights, dtype="float64"), ids, [32])[2:]
+    assert models.relative_error(unrounded, expected[2:]) > 1e-3
 
 
 def test_e4m3_rounding_of_the_reference() -> None:
