@@ -38,7 +38,7 @@ def test_layers_see_rounded_predecessors(tmp_path: Path) -> None:
         if node.op == "linear" and (name := node.weights[0]) in draft.packed:
             x = torch.cat(stream.inputs(node)).double()
             expected = solver.gptq(
-                original.weight(name), 2 * x.T @ x / len(x), bits=4, group=64, clip="mse"
+                original.weight(name), 2 * x.T @ x / len(x), bits=4, group=64, clip="mse", act_order=True
             ).pack()
             same = decode_f32(expected) == draft.weight(name)
             # q and v were solved in one piece, and the sums of H were made in other portions.

@@ -24,7 +24,7 @@ class GptqOptions(Options):
     symmetric: bool = True
     clip: Literal["none", "mse"] = "mse"
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01
-    act_order: bool = False
+    act_order: bool = True
 
 
 class Gptq(Method[GptqOptions]):
