@@ -115,7 +115,8 @@ void bind_program(nb::module_& m) {
   nb::enum_<gm::KvFormat>(m, "KvFormat")
       .value("F32", gm::KvFormat::kF32)
       .value("BF16", gm::KvFormat::kBf16)
-      .value("INT4", gm::KvFormat::kInt4);
+      .value("INT4", gm::KvFormat::kInt4)
+      .value("INT4_CHANNEL", gm::KvFormat::kInt4Channel);
 
   using Term = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t>;
   nb::class_<gm::Program>(m, "Program")
