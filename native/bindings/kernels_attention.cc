@@ -85,6 +85,7 @@ class AttentionLayer {
     }
     in_parts(t->attention_items(a),
              [&](int64_t b, int64_t e) { t->attention_spans(a, b, e, scratch.data()); });
+    in_parts(tokens, [&](int64_t b, int64_t e) { t->attention_commit(a, b, e, scratch.data()); });
     in_parts(tokens, [&](int64_t b, int64_t e) { t->attention_merge(a, b, e); });
     for (size_t i = 0; i < views.size(); ++i) views[i]->append(lengths[i]);
   }

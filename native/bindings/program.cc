@@ -123,7 +123,8 @@ void bind_program(nb::module_& m) {
   nb::enum_<gm::KvFormat>(m, "KvFormat")
       .value("F32", gm::KvFormat::kF32)
       .value("BF16", gm::KvFormat::kBf16)
-      .value("INT4", gm::KvFormat::kInt4);
+      .value("INT4", gm::KvFormat::kInt4)
+      .value("INT4_CHANNEL", gm::KvFormat::kInt4Channel);
 
   using Factors = std::tuple<int64_t, int64_t, int64_t>;
   using Term = std::tuple<std::vector<Factors>, int64_t, int64_t, bool>;

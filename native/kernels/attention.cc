@@ -9,6 +9,12 @@
 // Int4 keys and values are multiplied as codes, which bf16 holds exactly: a key's scale multiplies its score,
 // a value's the probability before that is rounded. A row sees its own key and value as they are kept.
 //
+// Int4 by channel: groups of tokens are the key tiles. A row at position p meets the tiles that end at or
+// before p as codes: q is multiplied by the tile's scales before it is rounded, the score gets the minimums'
+// product with q, o = o + scale * (p codes) + minimum * sum(p) per tile. It meets the tile that it is in
+// itself as bf16. A group is encoded in the step that brings its last token; the tokens of an unfinished one
+// are written last, by commit, as others still read the tokens that were there before.
+//
 // Sequences of few new tokens ("short": one block of rows) are cut into one item per KV head and span, whose
 // partial results are merged afterwards; each item rotates its queries and writes the new keys and values of
 // its own span, so that no thread waits for another. Longer ones are cut by blocks of rows, which run all
@@ -20,6 +26,7 @@ namespace gm::GM_LEVEL {
 namespace {
 
 constexpr int64_t kTile = 64, kSpan = kSpanTokens, kBlock = kTileTokens;
+static_assert(kTile == kKvChannelGroup);
 constexpr float kMasked = -__builtin_inff();
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -167,6 +174,133 @@ void put_value(const int8_t* codes, int64_t hd, int64_t slot, uint32_t* tile) {
   }
 }
 
+bool by_channel(const AttentionArgs& a) { return a.kv == KvFormat::kInt4Channel; }
+
+void round_bf16(float* x, int64_t n) {
+  uint16_t rounded[16];
+  for (int64_t d = 0; d < n; d += 16) {
+    vf_store_bf16(rounded, vf_load(x + d));
+    vf_store(x + d, vf_load_bf16(rounded));
+  }
+}
+
+// Scratch of one tile of bf16 keys and values, and of its encoding.
+struct Group {
+  float* rows;  // [64][hd]
+  uint16_t *k, *v;
+  int8_t* codes;  // [64][hd]
+  static int64_t floats(const AttentionArgs& a) { return by_channel(a) ? kTile * a.head_dim * 9 / 4 : 0; }
+  Group(const AttentionArgs& a, float* memory) : rows(memory) {
+    const int64_t size = kTile * a.head_dim;
+    k = reinterpret_cast<uint16_t*>(rows + size);
+    v = k + size;
+    codes = reinterpret_cast<int8_t*>(v + size);
+  }
+};
+
+// The keys or values of the tokens [first, to) of one head, as bf16 holds them; zeros up to 64 rows.
+void group_rows(const AttentionArgs& a, const AttentionSequence& s, int64_t head, int64_t first, int64_t to,
+                bool keys, float* rows) {
+  const int64_t hd = a.head_dim;
+  for (int64_t t = 0; t < kTile; ++t) {
+    float* row = rows + t * hd;
+    const int64_t token = first + t - s.start;
+    if (first + t >= to) {
+      memset(row, 0, static_cast<size_t>(hd) * 4);
+    } else if (token < 0) {
+      const uint16_t* kept = (keys ? s.kv.k_tail : s.kv.v_tail) + (head * kTile + t) * hd;
+      for (int64_t d = 0; d < hd; d += 16) vf_store(row + d, vf_load_bf16(kept + d));
+    } else {
+      if (keys) {
+        rotate_key(a, s, token, head, row);
+      } else {
+        memcpy(row, a.v + (s.row + token) * a.ldv + head * hd, static_cast<size_t>(hd) * 4);
+      }
+      round_bf16(row, hd);
+    }
+  }
+}
+
+// The tokens [first, to) of one head as a tile of bf16 keys and one of values.
+void load_group(const AttentionArgs& a, const AttentionSequence& s, int64_t head, int64_t first, int64_t to,
+                const Group& g) {
+  const int64_t hd = a.head_dim;
+  group_rows(a, s, head, first, to, true, g.rows);
+  for (int64_t t = 0; t < kTile; ++t) {
+    uint16_t* at = g.k + t / kBlock * kBlock * hd + t % kBlock * 2;
+    for (int64_t d = 0; d < hd; ++d) at[d / 2 * 32 + d % 2] = float_to_bf16(g.rows[t * hd + d]);
+  }
+  group_rows(a, s, head, first, to, false, g.rows);
+  for (int64_t t = 0; t < kTile; ++t) {
+    for (int64_t d = 0; d < hd; ++d) {
+      g.v[t / 2 * 2 * hd + d * 2 + t % 2] = float_to_bf16(g.rows[t * hd + d]);
+    }
+  }
+}
+
+// Rounds to bf16 away from zero, or towards it.
+uint16_t outward_bf16(float x, bool outward) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + (outward ? 0xffffu : 0u)) >> 16);
+}
+
+// Codes -8..7 of 64 rows, and scales and minimums of their columns. The minimum is rounded down and the scale
+// up, so that no code has to be cut off. A column that is not finite gets the scale NaN.
+void encode_channels(const float* rows, int64_t hd, int8_t* codes, uint16_t* scales) {
+  for (int64_t d = 0; d < hd; d += 16) {
+    vf low = vf_load(rows + d), high = low, strange = vf_zero();
+    for (int64_t t = 0; t < kTile; ++t) {
+      const vf x = vf_load(rows + t * hd + d);
+      low = vf_min(x, low);
+      high = vf_max(x, high);
+      strange = vf_fma(x, vf_zero(), strange);
+    }
+    alignas(64) float least_of[16], most_of[16], odd[16], s[16], m[16];
+    vf_store(least_of, low);
+    vf_store(most_of, high);
+    vf_store(odd, strange);
+    for (int i = 0; i < 16; ++i) {
+      const uint16_t minimum = outward_bf16(least_of[i], least_of[i] < 0);
+      m[i] = bf16_to_float(minimum);
+      const uint16_t scale = outward_bf16((most_of[i] - m[i]) / 15.0f + odd[i], true);
+      scales[d + i] = scale == 0 ? 0x3f80 : scale;
+      s[i] = bf16_to_float(scales[d + i]);
+      scales[hd + d + i] = minimum;
+    }
+    const vf divisor = vf_load(s), minimum = vf_load(m);
+    for (int64_t t = 0; t < kTile; ++t) {
+      const vf x = (vf_load(rows + t * hd + d) - minimum) / divisor;
+      const vi code = vf_round(vf_min(vf_max(x, vf_zero()), vf_set1(15.0f)));
+      vi_store_i8(codes + t * hd + d, code + vi_set1(-8));
+    }
+  }
+}
+
+// Encodes a full group of one head.
+void write_group(const AttentionArgs& a, const AttentionSequence& s, int64_t head, int64_t first,
+                 const Group& g) {
+  const int64_t hd = a.head_dim, scales = s.kv.scales_at(first, head);
+  auto encode = [&](bool keys) {
+    char* base = keys ? s.kv.k : s.kv.v;
+    group_rows(a, s, head, first, first + kTile, keys, g.rows);
+    encode_channels(g.rows, hd, g.codes, reinterpret_cast<uint16_t*>(base + scales));
+    for (int64_t t = 0; t < kTile; ++t) {
+      auto* tile = reinterpret_cast<uint32_t*>(base + s.kv.tile_at(first + t, head));
+      (keys ? put_key : put_value)(g.codes + t * hd, hd, t % kBlock, tile);
+    }
+  };
+  encode(true);
+  encode(false);
+}
+
+// Positions where the groups begin that the step fills: [begin, end), every 64.
+struct Filled {
+  int64_t begin, end;
+  explicit Filled(const AttentionSequence& s)
+      : begin(s.start / kTile * kTile), end((s.start + s.rows) / kTile * kTile) {}
+};
+
 // Writes the key and the value of one new token and head. `last`: nothing follows it in this step. `rotated`
 // has room for 2 * head_dim.
 void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, bool last,
@@ -277,9 +411,12 @@ struct Work {
   const Query* q;  // [rows][hd]
   Query* p;        // [groups][row limit][64]
   int64_t ldp;     // between groups
-  float* s;        // [rows][64]
-  float* o;        // [rows][hd]
-  float* factor;   // [rows], of o
+  // Int4 by channel, else null. base: what the minimums add to the scores; sum: of p.
+  const float *base, *sum;           // [rows]
+  const float *v_scale_of, *v_base;  // [hd]
+  float* s;                          // [rows][64]
+  float* o;                          // [rows][hd]
+  float* factor;                     // [rows], of o
   float scale;
 };
 
@@ -333,6 +470,10 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
       for (int r = 0; r < kRows; ++r) {
         float* s = w.s + (row + r) * kTile + (b + i) * 16;
         if constexpr (codes(kMath)) {
+          if (w.base != nullptr) {
+            vf_store(s, (y[r][i] + vf_set1(w.base[row + r])) * scale);
+            continue;
+          }
           // Groups ascending.
           const vf key = vf_load_bf16(w.k_scale[b + i] + begin / kKvGroup * kBlock);
           y[r][i] = begin == 0 ? y[r][i] * key : vf_fma(y[r][i], key, vf_load(s));
@@ -349,7 +490,14 @@ void values(const Work<kMath>& w, int64_t row, int64_t d) {
   vf y[kRows][kWide];
   for (int r = 0; r < kRows; ++r) {
     const vf factor = vf_set1(w.factor[row + r]);
-    for (int i = 0; i < kWide; ++i) y[r][i] = vf_load(w.o + (row + r) * w.hd + d + 16 * i) * factor;
+    for (int i = 0; i < kWide; ++i) {
+      y[r][i] = vf_load(w.o + (row + r) * w.hd + d + 16 * i) * factor;
+      if (codes(kMath) && w.sum != nullptr) {
+        vf_store(w.o + (row + r) * w.hd + d + 16 * i,
+                 vf_fma(vf_load(w.v_base + d + 16 * i), vf_set1(w.sum[row + r]), y[r][i]));
+        y[r][i] = vf_zero();
+      }
+    }
   }
   const auto* all = w.p + d / w.group * w.ldp + row * kTile;
   for (int64_t first = 0; first < w.keys; first += kBlock) {
@@ -386,7 +534,13 @@ void values(const Work<kMath>& w, int64_t row, int64_t d) {
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kWide; ++i) vf_store(w.o + (row + r) * w.hd + d + 16 * i, y[r][i]);
+    for (int i = 0; i < kWide; ++i) {
+      float* o = w.o + (row + r) * w.hd + d + 16 * i;
+      if (codes(kMath) && w.sum != nullptr) {
+        y[r][i] = vf_fma(y[r][i], vf_load(w.v_scale_of + d + 16 * i), vf_load(o));
+      }
+      vf_store(o, y[r][i]);
+    }
   }
 }
 
@@ -414,8 +568,8 @@ void value_rows(const Work<kMath>& w, int64_t row) {
 }
 
 template <Math kMath, template <Math, int> class Fn>
-void in_tiles(const Work<kMath>& w, int64_t rows) {
-  int64_t r = 0;
+void in_tiles(const Work<kMath>& w, int64_t begin, int64_t rows) {
+  int64_t r = begin;
   if constexpr (kTileRows >= 12) {
     for (; r + 12 <= rows; r += 12) Fn<kMath, 12>::run(w, r);
     for (; r + 6 <= rows; r += 6) Fn<kMath, 6>::run(w, r);
@@ -438,6 +592,8 @@ struct ValueTile {
 
 inline void store_p(uint16_t* p, vf x) { vf_store_bf16(p, x); }
 inline void store_p(float* p, vf x) { vf_store(p, x); }
+inline vf load_p(const uint16_t* p) { return vf_load_bf16(p); }
+inline vf load_p(const float* p) { return vf_load(p); }
 
 int64_t row_limit(const AttentionArgs& a) { return block_tokens(a) * group_of(a); }
 int64_t p_groups(const AttentionArgs& a) { return a.kv == KvFormat::kInt4 ? kv_groups(a.head_dim) : 1; }
@@ -448,6 +604,9 @@ struct Scratch {
   float *rotated, *s, *o, *m, *l, *factor;
   float *total, *total_m, *total_l;
   void* p;
+  // Int4 by channel: a group, queries as they are and times a tile's scales, and what Work names.
+  float *group, *wide, *base, *sum, *k_scale, *k_base, *v_scale, *v_base;
+  void* scaled;
   Scratch(const AttentionArgs& a, void* memory) {
     const int64_t rows = (row_limit(a) + 15) / 16 * 16, hd = a.head_dim;
     float* at = static_cast<float*>(memory);
@@ -467,10 +626,22 @@ struct Scratch {
     total = take(rows * hd);
     total_m = take(rows);
     total_l = take(rows);
+    if (!by_channel(a)) return;
+    group = take(Group::floats(a));
+    wide = take(rows * hd);
+    scaled = take(rows * hd);
+    base = take(rows);
+    sum = take(rows);
+    k_scale = take(hd);
+    k_base = take(hd);
+    v_scale = take(hd);
+    v_base = take(hd);
   }
   static int64_t bytes(const AttentionArgs& a) {
     const int64_t rows = (row_limit(a) + 15) / 16 * 16;
-    return 4 * (rows * (3 * a.head_dim + (1 + p_groups(a)) * kTile + 5) + 2 * a.head_dim + 12 * 16) + 64;
+    return 4 * (rows * (3 * a.head_dim + (1 + p_groups(a)) * kTile + 5) + 2 * a.head_dim + 12 * 16) + 64 +
+           (by_channel(a) ? 4 * (Group::floats(a) + rows * (2 * a.head_dim + 2) + 4 * a.head_dim + 9 * 16)
+                          : 0);
   }
 };
 
@@ -509,6 +680,50 @@ void point_ahead(const AttentionArgs& a, const Item& item, const Item* next, int
   }
 }
 
+// The same work over a tile of bf16.
+template <class Plain, class Codes, class Query>
+Plain as_plain(const Codes& w, const Query* q, const Group& g) {
+  Plain plain;
+  for (int64_t b = 0; b < kTile / kBlock; ++b) {
+    plain.k[b] = plain.k_ahead[b] = g.k + b * kBlock * w.hd;
+    plain.v[b] = plain.v_ahead[b] = g.v + b * kBlock * w.hd;
+  }
+  plain.keys = w.keys;
+  plain.hd = plain.group = w.hd;
+  plain.q = q;
+  plain.p = w.p;
+  plain.ldp = w.ldp;
+  plain.s = w.s;
+  plain.o = w.o;
+  plain.factor = w.factor;
+  plain.scale = w.scale;
+  return plain;
+}
+
+// Queries times a tile's scales, and their products with its bases.
+template <class Query>
+void scale_queries(const Scratch& x, int64_t begin, int64_t end, int64_t hd, Query* scaled) {
+  for (int64_t r = begin; r < end; ++r) {
+    vf total = vf_zero();
+    for (int64_t d = 0; d < hd; d += 16) {
+      const vf q = vf_load(x.wide + r * hd + d);
+      store_p(scaled + r * hd + d, q * vf_load(x.k_scale + d));
+      total = vf_fma(q, vf_load(x.k_base + d), total);
+    }
+    x.base[r] = vf_sum(total);
+  }
+}
+
+// Scales and bases of a tile's codes -8..7 by channel, as floats.
+void tile_channels(const char* at, int64_t hd, float* scale, float* base) {
+  const auto* stored = reinterpret_cast<const uint16_t*>(at);
+  for (int64_t d = 0; d < hd; d += 16) {
+    const vf s = vf_load_bf16(stored + d);
+    vf_store(scale + d, s);
+    vf_store(base + d, vf_fma(s, vf_set1(8.0f), vf_load_bf16(stored + hd + d)));
+  }
+}
+
 template <Math kMath>
 void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* memory) {
   using Query = typename Types<kMath>::Query;
@@ -521,6 +736,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = item.token + r / group;
     const int64_t head = item.kv_head * group + r % group;
+    if (codes(kMath) && by_channel(a)) rotate_query(a, s, token, head, x.wide + r * hd);
     if constexpr (rounds(kMath)) {
       rotate_query(a, s, token, head, x.rotated);
       for (int64_t d = 0; d < hd; d += 16) vf_store_bf16(q + r * hd + d, vf_load(x.rotated + d));
@@ -528,7 +744,12 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
       rotate_query(a, s, token, head, q + r * hd);
     }
   }
-  if (item.partial >= 0) {
+  if (item.partial >= 0 && by_channel(a)) {
+    const Filled filled(s);
+    for (int64_t first = filled.begin; first < filled.end; first += kTile) {
+      if (first / kSpan == item.span_begin) write_group(a, s, item.kv_head, first, Group(a, x.group));
+    }
+  } else if (item.partial >= 0) {
     for (int64_t t = 0; t < s.rows; ++t) {
       if ((s.start + t) / kSpan == item.span_begin) append(a, s, t, item.kv_head, t + 1 == s.rows, x.rotated);
     }
@@ -537,13 +758,23 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
   Work<kMath> w;
   w.hd = hd;
   w.q = q;
-  w.group = codes(kMath) ? kKvGroup : hd;
+  w.group = codes(kMath) && !by_channel(a) ? kKvGroup : hd;
+  w.base = w.sum = w.v_scale_of = w.v_base = nullptr;
   w.p = static_cast<Query*>(x.p);
   w.ldp = (row_limit(a) + 15) / 16 * 16 * kTile;
   w.s = x.s;
   w.o = x.o;
   w.factor = x.factor;
   w.scale = a.scale;
+  constexpr Math kPlain = rounds(kMath) ? Math::kBf16 : Math::kWide;
+  [[maybe_unused]] Work<kPlain> plain;
+  if (codes(kMath) && by_channel(a)) {
+    w.q = static_cast<Query*>(x.scaled);
+    w.base = x.base;
+    w.sum = x.sum;
+    w.v_scale_of = x.v_scale;
+    w.v_base = x.v_base;
+  }
   if (item.partial < 0) {
     for (int64_t r = 0; r < padded; ++r) x.total_m[r] = kMasked;
     memset(x.total_l, 0, static_cast<size_t>(padded) * 4);
@@ -566,7 +797,26 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
         w.v_scale[b] = reinterpret_cast<const uint16_t*>(s.kv.v + scales);
       }
       point_ahead(a, item, next, (tile - from) / kTile, tiles, w);
-      in_tiles<kMath, ScoreTile>(w, rows);
+      // Rows [0, own) meet the tile as bf16.
+      int64_t own = 0;
+      if constexpr (codes(kMath)) {
+        if (by_channel(a)) {
+          own = most(0, least(item.tokens, tile + kTile - s.start - item.token)) * group;
+          if (own > 0) {
+            const Group g(a, x.group);
+            load_group(a, s, item.kv_head, tile, to, g);
+            plain = as_plain<Work<kPlain>>(w, q, g);
+            in_tiles<kPlain, ScoreTile>(plain, 0, own);
+          }
+          if (own < rows) {
+            const int64_t scales = s.kv.scales_at(tile, item.kv_head);
+            tile_channels(s.kv.k + scales, hd, x.k_scale, x.k_base);
+            tile_channels(s.kv.v + scales, hd, x.v_scale, x.v_base);
+            scale_queries(x, own, rows, hd, static_cast<Query*>(x.scaled));
+          }
+        }
+      }
+      in_tiles<kMath, ScoreTile>(w, own, rows);
       // Maxima first, so that the factors of sixteen rows are one exponential.
       memcpy(x.factor, x.m, static_cast<size_t>(padded) * 4);
       for (int64_t r = 0; r < rows; ++r) {
@@ -587,7 +837,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
         for (int i = 0; i < 4; ++i) {
           e[i] = vf_exp(vf_load(x.s + r * kTile + 16 * i) - m);
           Query* p = w.p + r * kTile + 16 * i;
-          if constexpr (codes(kMath)) {
+          if (codes(kMath) && !by_channel(a)) {
             for (int64_t g = 0; 16 * i < w.keys && g < kv_groups(hd); ++g) {
               store_p(p + g * w.ldp, e[i] * vf_load_bf16(w.v_scale[i] + g * kBlock));
             }
@@ -596,8 +846,15 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
           }
         }
         x.l[r] = x.l[r] * x.factor[r] + vf_sum((e[0] + e[1]) + (e[2] + e[3]));
+        if (codes(kMath) && r >= own && by_channel(a)) {
+          const Query* p = w.p + r * kTile;
+          x.sum[r] = vf_sum((load_p(p) + load_p(p + 16)) + (load_p(p + 32) + load_p(p + 48)));
+        }
       }
-      in_tiles<kMath, ValueTile>(w, rows);
+      if constexpr (codes(kMath)) {
+        if (own > 0) in_tiles<kPlain, ValueTile>(plain, 0, own);
+      }
+      in_tiles<kMath, ValueTile>(w, own, rows);
     }
     if (item.partial >= 0) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -646,6 +903,17 @@ void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_en
   for (int64_t i = 0; i < a.sequence_count; ++i) {
     const AttentionSequence& s = a.sequences[i];
     if (is_short(a, s)) continue;
+    if (by_channel(a)) {
+      // A group belongs to the range that its last token is in.
+      const Filled filled(s);
+      for (int64_t first = filled.begin; first < filled.end; first += kTile) {
+        const int64_t last = s.row + first + kTile - 1 - s.start;
+        if (last < row_begin || last >= row_end) continue;
+        const Scratch x(a, scratch);
+        for (int64_t h = 0; h < a.kv_heads; ++h) write_group(a, s, h, first, Group(a, x.group));
+      }
+      continue;
+    }
     // Tokens of one tile share words: a tile belongs to the range that its first new token is in.
     auto cut = [&s](int64_t row) {
       const int64_t t = row - s.row;
@@ -693,6 +961,30 @@ void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_en
     first = false;
   });
   if (!first) run(a, item, nullptr, scratch);
+}
+
+void attention_commit(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {
+  if (!by_channel(a)) return;
+  const int64_t hd = a.head_dim;
+  for (int64_t i = 0; i < a.sequence_count; ++i) {
+    const AttentionSequence& s = a.sequences[i];
+    const Filled filled(s);
+    const bool same = filled.begin == filled.end;
+    uint16_t *k_tail = same ? s.kv.k_tail : s.kv.k_tail_after,
+             *v_tail = same ? s.kv.v_tail : s.kv.v_tail_after;
+    const int64_t first = most(most(0, filled.end - s.start), row_begin - s.row);
+    for (int64_t t = first; t < least(s.rows, row_end - s.row); ++t) {
+      for (int64_t h = 0; h < a.kv_heads; ++h) {
+        const int64_t at = (h * kTile + s.start + t - filled.end) * hd;
+        auto* key = static_cast<float*>(scratch);
+        rotate_key(a, s, t, h, key);
+        for (int64_t d = 0; d < hd; d += 16) {
+          vf_store_bf16(k_tail + at + d, vf_load(key + d));
+          vf_store_bf16(v_tail + at + d, vf_load(a.v + (s.row + t) * a.ldv + h * hd + d));
+        }
+      }
+    }
+  }
 }
 
 void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end) {

@@ -35,6 +35,7 @@ int64_t attention_items(const AttentionArgs& a);
 void attention_costs(const AttentionArgs& a, float* costs);
 int64_t attention_partial_floats(const AttentionArgs& a);
 void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
+void attention_commit(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);
 void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end);
 int64_t attention_scratch_bytes(const AttentionArgs& a);
 

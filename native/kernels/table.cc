@@ -29,6 +29,7 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
       .attention_costs = attention_costs,
       .attention_partial_floats = attention_partial_floats,
       .attention_spans = attention_spans,
+      .attention_commit = attention_commit,
       .attention_merge = attention_merge,
       .attention_scratch_bytes = attention_scratch_bytes,
       .row_maxima = row_maxima,

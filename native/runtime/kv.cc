@@ -25,12 +25,16 @@ KvView::KvView(const KvGeometry& geometry, int64_t capacity) : geometry_(geometr
     layer_range_.push_back(at - ranges_.begin());
     layer_offset_.push_back(at->span_bytes);
     at->span_bytes += geometry_.layer_bytes(layer);
+    layer_tail_.push_back(tail_bytes_);
+    tail_bytes_ += KvGeometry::tail_bytes(layer);
   }
   int64_t total = 0;
   for (Range& r : ranges_) {
     r.offset = total;
     total += r.spans * r.span_bytes;
   }
+  tails_ = total;
+  total += 2 * tail_bytes_;
   keys_ = Arena(static_cast<size_t>(total), true);
   values_ = Arena(static_cast<size_t>(total), true);
 }
@@ -39,6 +43,7 @@ int64_t KvView::used_bytes() const {
   int64_t total = 0;
   const int64_t spans = (length_ + kSpanTokens - 1) / kSpanTokens;
   for (const Range& r : ranges_) total += 2 * std::min(spans, r.spans) * r.span_bytes;
+  if (length_ > 0) total += 2 * 2 * tail_bytes_;
   return total;
 }
 
@@ -56,11 +61,17 @@ void KvView::truncate(int64_t length) {
                                   " tokens: the sliding window has moved on");
     }
   }
+  if (tail_bytes_ > 0 && length % kKvChannelGroup != 0 &&
+      length / kKvChannelGroup != length_ / kKvChannelGroup) {
+    throw std::invalid_argument("cannot truncate to " + std::to_string(length) +
+                                " tokens: they are encoded in groups of " + std::to_string(kKvChannelGroup));
+  }
   length_ = length;
   if (length == 0) highest_ = 0;
 }
 
 void KvView::append(int64_t tokens) {
+  if (length_ / kKvChannelGroup != (length_ + tokens) / kKvChannelGroup) tail_ ^= 1;
   length_ += tokens;
   highest_ = std::max(highest_, length_);
 }
@@ -76,6 +87,13 @@ KvSegment KvView::segment(int64_t layer) const {
   s.tile_bytes = KvGeometry::tile_bytes(geometry_.layers[i]);
   s.scale_bytes = KvGeometry::scale_bytes(geometry_.layers[i]);
   s.ring = r.ring;
+  auto tail = [&](const Arena& arena, int64_t which) {
+    return reinterpret_cast<uint16_t*>(arena.data() + tails_ + which * tail_bytes_ + layer_tail_[i]);
+  };
+  s.k_tail = tail(keys_, tail_);
+  s.v_tail = tail(values_, tail_);
+  s.k_tail_after = tail(keys_, tail_ ^ 1);
+  s.v_tail_after = tail(values_, tail_ ^ 1);
   return s;
 }
 

@@ -27,6 +27,7 @@ struct KvGeometry {
     return kTileTokens * l.head_dim * bits / 8;
   }
   static int64_t scale_bytes(const KvLayer& l) {
+    if (l.format == KvFormat::kInt4Channel) return 2 * 2 * l.head_dim * kTileTokens / kKvChannelGroup;
     return l.format == KvFormat::kInt4 ? kv_groups(l.head_dim) * kTileTokens * 2 : 0;
   }
   // Of one span, keys or values.
@@ -34,6 +35,10 @@ struct KvGeometry {
     return kSpanTokens / kTileTokens * (tile_bytes(l) + scale_bytes(l));
   }
   static int64_t layer_bytes(const KvLayer& l) { return l.kv_heads * head_bytes(l); }
+  // Of a layer's tail of one group.
+  static int64_t tail_bytes(const KvLayer& l) {
+    return l.format == KvFormat::kInt4Channel ? kKvChannelGroup * l.kv_heads * l.head_dim * 2 : 0;
+  }
   // Spans that the ring of a window needs, 0 for a global layer.
   int64_t ring_spans(int64_t window) const {
     return window == 0 ? 0 : (window + max_step + kSpanTokens - 1) / kSpanTokens + 1;
@@ -48,10 +53,11 @@ class KvView {
   int64_t capacity() const { return capacity_; }
   int64_t length() const { return length_; }
   int64_t reserved_bytes() const { return static_cast<int64_t>(keys_.bytes() + values_.bytes()); }
-  // Bytes of the spans that hold tokens.
+  // Bytes of the spans that hold tokens, and of the tails.
   int64_t used_bytes() const;
   // Forgets the tokens from `length` on. Throws std::invalid_argument where a sliding-window ring no longer
-  // holds the keys that the shorter sequence would see.
+  // holds the keys that the shorter sequence would see, and where groups of tokens that are encoded together
+  // would have to be broken up.
   void truncate(int64_t length);
   void append(int64_t tokens);
   KvSegment segment(int64_t layer) const;
@@ -63,7 +69,9 @@ class KvView {
   KvGeometry geometry_;
   int64_t capacity_ = 0, length_ = 0, highest_ = 0;
   std::vector<Range> ranges_;
-  std::vector<int64_t> layer_range_, layer_offset_;
+  std::vector<int64_t> layer_range_, layer_offset_, layer_tail_;
+  int64_t tails_ = 0, tail_bytes_ = 0;  // where they begin; of one group in all layers
+  int64_t tail_ = 0;                    // which of the two is the sequence's
   Arena keys_, values_;
 };
 

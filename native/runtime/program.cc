@@ -661,6 +661,7 @@ void Program::run_attention(const Node& node, int thread) {
   if (begin < end) kernels_->attention_spans(a, begin, end, scratch);
   pool_->barrier();
   const bool alone = buffers_[static_cast<size_t>(node.out[0])].replicated;
+  kernels_->attention_commit(a, rows.begin, rows.end, scratch);
   kernels_->attention_merge(a, alone ? 0 : rows.begin, alone ? tokens_ : rows.end);
 }
 

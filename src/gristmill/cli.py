@@ -25,7 +25,7 @@ __all__ = ["app", "main"]
 
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 ACTIVATIONS = ("exact", "bf16", "fast")
-KV_DTYPES = ("f32", "bf16", "int4")
+KV_DTYPES = ("f32", "bf16", "int4", "int4-channel")
 EXPORTS = ("compressed-tensors", "bf16", "f16", "f32")
 
 Command = TypeVar("Command", bound=Callable[..., Any])

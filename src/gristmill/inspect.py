@@ -385,10 +385,10 @@ def _formats(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 
 def _kv_bytes(config: ModelConfig) -> dict[str, int]:
-    from gristmill.program.kv import KV_FORMATS, kv_bytes
+    from gristmill.program.kv import KV_FORMATS, kv_bytes_per_token
 
     shape = (2, config.kv_heads, config.head_dim)
-    return {name: int(config.layers * kv_bytes([shape], name)) for name in KV_FORMATS}
+    return {name: int(config.layers * kv_bytes_per_token([shape], name)) for name in KV_FORMATS}
 
 
 def _text(value: object) -> str | None:

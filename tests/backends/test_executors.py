@@ -11,11 +11,23 @@ import pytest
 from gristmill.backends.native import NativeExecutor, _native
 from gristmill.engine.loop import Engine
 from gristmill.engine.sampling import SamplingParams
+from gristmill.errors import UsageError
 from gristmill.evaluate.measure import compare
 from gristmill.io import convert
 from tests.engine.fakes import FakeTokenizer
 from tests.kits import files, models
-from tests.kits.executor import Subject, check_chunks, check_compositions, check_executor, same
+from tests.kits.executor import (
+    Subject,
+    check_cancellation,
+    check_chunks,
+    check_compositions,
+    check_empty_sequences,
+    check_errors,
+    check_executor,
+    check_selected_rows,
+    check_shapes,
+    same,
+)
 
 MODES = [
     (weights, activations, kv)
@@ -58,6 +70,37 @@ def test_native(checkpoints: dict[str, Path], weights: str, activations: str, kv
             subject = Subject(executor)
             for i, logits in enumerate(subject.alone):
                 same(logits, two.alone[i], f"sequence {i} with {threads} threads instead of 2")
+
+
+@pytest.mark.parametrize("activations", ["exact", "fast"])
+def test_groups_of_tokens(tmp_path: Path, activations: str) -> None:
+    """`int4-channel`, which refuses sliding windows, over sequences that begin, fill and leave groups."""
+    source, _ = models.save(tmp_path / "hf", models.configs()["llama-smollm2"])
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    convert.import_huggingface(source, path)
+    found = []
+    for threads in (2, 1, 3):
+        with closing(
+            NativeExecutor.load(path, activations=activations, kv_dtype="int4-channel", threads=threads)
+        ) as executor:
+            subject = Subject(executor, 210, 150)
+            check_shapes(subject)
+            check_chunks(subject)
+            check_compositions(subject)
+            check_selected_rows(subject)
+            check_empty_sequences(subject)
+            check_cancellation(subject)
+            check_errors(subject)
+            found.append(subject.alone)
+    for i, logits in enumerate(found[0]):
+        same(found[1][i], logits, f"sequence {i} with 1 thread")
+        same(found[2][i], logits, f"sequence {i} with 3 threads")
+
+
+def test_groups_of_tokens_refuse_windows(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match=r"layers\.0\.self_attn\.attention.*int4-channel.*window"):
+        NativeExecutor.load(checkpoints["f32"], kv_dtype="int4-channel")
 
 
 LEVELS = _native.available_levels()

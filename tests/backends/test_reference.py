@@ -172,8 +172,10 @@ def test_packed_weights_are_decoded_exactly(tmp_path: Path, weights: str) -> Non
     assert models.relative_error(found, models.logits(reference, ids, [30])) < 1e-5
 
 
-@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
-@pytest.mark.parametrize("name", ["llama-smollm2", "gemma3-linear"])
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [*(("llama-smollm2", f) for f in KV_FORMATS), ("gemma3-linear", "int4"), ("qwen3", "int4-channel")],
+)
 def test_kv_formats_round_as_the_native_ones(tmp_path: Path, name: str, kv_dtype: str) -> None:
     source, _ = models.save(tmp_path / "hf", models.configs()[name])
     path = tmp_path / "checkpoint"

@@ -43,7 +43,7 @@ INSPECTED = {
     "weight_bytes": int,
     "bits_per_weight": float,
     "formats": [{"format": str, "tensors": int, "parameters": int, "bytes": int, "bits_per_weight": float}],
-    "kv_bytes_per_token": {"f32": int, "bf16": int, "int4": int},
+    "kv_bytes_per_token": {"f32": int, "bf16": int, "int4": int, "int4-channel": int},
     "tensors": [{"name": str, "format": str, "shape": [int], "bytes": int}],
 }
 
@@ -59,7 +59,12 @@ def test_inspect_a_gguf_file(gristmill: Gristmill) -> None:
     assert found["tokenizer"]["vocabulary"] == 49_152
     assert found["tokenizer"]["eos"] == [{"id": 2, "text": "<|im_end|>"}]
     assert found["tokenizer"]["chat_template"] is True
-    assert found["kv_bytes_per_token"] == {"f32": 46_080, "bf16": 23_040, "int4": 6_120}
+    assert found["kv_bytes_per_token"] == {
+        "f32": 46_080,
+        "bf16": 23_040,
+        "int4": 6_120,
+        "int4-channel": 6_480,
+    }
     text = gristmill.text("inspect", "smollm2", "--tensors")
     for fact in (
         "134,515,008 parameters",

@@ -32,6 +32,9 @@ def test_codes_count_with_their_scales() -> None:
     got = plan(config(), 0, "int4", 100, available=PLENTY)
     assert got.kv_bytes == 2 * 2 * 2 * 112 * (64 / 2 + 2)
     assert got.kv_dtype == "int4"
+    # By channel, with two groups of 64 tokens in bf16.
+    got = plan(config(), 0, "int4-channel", 100, available=PLENTY)
+    assert got.kv_bytes == 2 * 2 * 2 * 64 * (112 * 4.5 / 8 + 128 * 2)
 
 
 @pytest.mark.parametrize("context", [1, 24, 500, 560, 4096])
@@ -94,7 +97,7 @@ def test_weights_that_do_not_fit() -> None:
 
 
 def test_bad_requests() -> None:
-    with pytest.raises(UsageError, match="kv_dtype must be one of f32, bf16, int4, not 'int8'"):
+    with pytest.raises(UsageError, match="kv_dtype must be one of f32, bf16, int4, int4-channel, not 'int8'"):
         plan(config(), 0, "int8", 16)
     for context, sequences in ((0, 1), (-1, 1), (1, 0)):
         with pytest.raises(UsageError, match="cannot be planned"):

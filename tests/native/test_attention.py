@@ -20,7 +20,10 @@ MODES = {
     "f32": (KV.F32, False),
     "int4": (KV.INT4, True),
     "int4-wide": (KV.INT4, False),
+    "channel": (KV.INT4_CHANNEL, True),
+    "channel-wide": (KV.INT4_CHANNEL, False),
 }
+CHANNEL = ("channel", "channel-wide")
 
 
 def to_bf16(x: F32) -> F32:
@@ -37,6 +40,33 @@ def to_int4(x: F32) -> F32:
         scale[scale == 0] = 1
         parts.append(np.rint(part / scale).clip(-8, 7) * scale)
     return np.concatenate(parts, -1)
+
+
+def outward(x: F32, sign: int) -> F32:
+    """Rounded to bf16: down (sign -1) or up."""
+    near = to_bf16(x)
+    bits = near.view(np.uint32) >> 16
+    wrong = (near > x) if sign < 0 else (near < x)
+    # One bf16 further; larger bits are larger magnitudes.
+    step = np.where((near < 0) == (sign < 0), 1, -1)
+    return np.where(wrong, ((bits + step).astype(np.uint32) << 16).view(np.float32), near)
+
+
+def to_channels(x: F32) -> tuple[F32, F32, F32]:
+    """What int4 by channel keeps of [tokens, heads, head_dim]: codes, scales and bases of every token.
+
+    Full groups of 64 tokens; the others are left as they are.
+    """
+    codes = to_bf16(x)
+    scales, bases = np.ones_like(codes), np.zeros_like(codes)
+    for begin in range(0, len(x) // 64 * 64, 64):
+        part = codes[begin : begin + 64]
+        low = outward(part.min(0), -1)
+        scale = outward((part.max(0) - low) / np.float32(15), 1)
+        scale[scale == 0] = 1
+        part[:] = np.rint((part - low) / scale).clip(0, 15) - 8
+        scales[begin : begin + 64], bases[begin : begin + 64] = scale, low + 8 * scale
+    return codes, scales, bases
 
 
 @dataclass
@@ -128,17 +158,30 @@ class Layer:
             k, v = to_bf16(k), to_bf16(v)
         if kv == KV.INT4:
             k, v = to_int4(k), to_int4(v)
-        if bf16_math:
-            q = to_bf16(q)
+        rounded = to_bf16 if bf16_math else np.array
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-        s = np.einsum("thd,shd->hts", q.astype(np.float64), k.astype(np.float64)) * self.head_dim**-0.5
+        far_v = v = v.astype(np.float64)
+        own = np.arange(tokens)[:, None] // 64 == np.arange(tokens)[None, :] // 64
+        if kv == KV.INT4_CHANNEL:
+            # What rows see of other groups of 64 tokens than their own.
+            codes, scales, bases = to_channels(k)
+            far = np.stack([rounded(q * scale) for scale in scales[::64]]).astype(np.float64)
+            far_s = np.einsum("sthd,shd->hts", np.repeat(far, 64, 0)[:tokens], codes)
+            far_s += np.einsum("thd,shd->hts", q.astype(np.float64), bases)
+            codes, scales, bases = to_channels(v.astype(np.float32))
+            far_v = codes.astype(np.float64) * scales + bases
+            k, v = to_bf16(k), to_bf16(v.astype(np.float32)).astype(np.float64)
+        s = np.einsum("thd,shd->hts", rounded(q).astype(np.float64), k.astype(np.float64))
+        if kv == KV.INT4_CHANNEL:
+            s = np.where(own, s, far_s)
+        s *= self.head_dim**-0.5
         distance = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
         hidden = (distance < 0) | ((distance >= self.window) if self.window else False)
         s[:, hidden] = -np.inf
         p = np.exp(s - s.max(-1, keepdims=True))
-        return np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v.astype(np.float64)).reshape(
-            tokens, -1
-        )
+        p /= p.sum(-1, keepdims=True)
+        mixed = np.einsum("hts,shd->thd", p * own, v) + np.einsum("hts,shd->thd", p * ~own, far_v)
+        return mixed.reshape(tokens, -1)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -161,7 +204,7 @@ class Layer:
 def test_against_float64(
     level: str, mode: str, shape: tuple[int, int, int], window: int, scaled: bool
 ) -> None:
-    layer = Layer(*shape, window, mode, scaled=scaled)
+    layer = Layer(*shape, 0 if mode in CHANNEL else window, mode, scaled=scaled)
     inputs = layer.inputs(333)
     expected = layer.oracle(inputs)
     # bf16 rounds the probabilities to 8 bits; the rest is float32 arithmetic on scores of size 30.
@@ -175,6 +218,8 @@ def test_against_float64(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("window", [0, 40, 300])
 def test_cuts_and_parts_change_no_bit(level: str, mode: str, window: int) -> None:
+    if mode in CHANNEL and window:
+        pytest.skip("groups of tokens keep no window")
     layer = Layer(6, 2, 32, window, mode, max_step=64 if window == 40 else 512)
     inputs = layer.inputs(600)
     steps = tuple(range(64, 600, 64)) if window == 40 else (512,)
@@ -190,7 +235,7 @@ def test_cuts_and_parts_change_no_bit(level: str, mode: str, window: int) -> Non
 
 @pytest.mark.parametrize("mode", MODES)
 def test_same_bits_on_every_level(mode: str) -> None:
-    layer = Layer(7, 1, 48, 70, mode)
+    layer = Layer(7, 1, 48, 0 if mode in CHANNEL else 70, mode)
     inputs = layer.inputs(300)
     expected = layer.run("portable", inputs, (250, 251))
     for level in LEVELS:
@@ -198,8 +243,9 @@ def test_same_bits_on_every_level(mode: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_sequences_do_not_meet(level: str) -> None:
-    layer = Layer(6, 2, 32)
+@pytest.mark.parametrize("mode", ["bf16", "int4", "channel"])
+def test_sequences_do_not_meet(level: str, mode: str) -> None:
+    layer = Layer(6, 2, 32, mode=mode)
     native = layer.native(level)
     lengths, starts = [1, 0, 70, 3, 1], [280, 5, 0, 254, 0]
     rows, views, alone = [], [], []
@@ -217,12 +263,45 @@ def test_sequences_do_not_meet(level: str) -> None:
         out = np.full((sum(lengths), 192), np.nan, np.float32)
         native.run(q, k, v, *layer.rope(), out, views, lengths, parts)
         np.testing.assert_array_equal(out, np.concatenate(alone))
+        if mode == "channel":
+            break  # not every sequence can go back
         for view, start in zip(views, starts, strict=True):
             view.truncate(start)
 
 
-def test_a_truncated_sequence_forgets() -> None:
-    layer = Layer(4, 2, 32)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_value_that_is_no_number_stays_so(level: str, mode: str) -> None:
+    layer = Layer(2, 2, 16, mode=mode)
+    inputs = layer.inputs(200)
+    inputs[2][40, 3] = np.nan
+    for cuts in ((), (39, 40, 41, 150)):
+        got = layer.run(level, inputs, cuts)
+        # The tokens from 40 on see it, in the first head alone.
+        assert np.isnan(got[40:, :16]).any(1).all()
+        assert np.isfinite(got[:, 16:]).all()
+
+
+def test_groups_of_tokens_are_not_broken_up() -> None:
+    layer = Layer(4, 2, 32, mode="channel")
+    native = layer.native(LEVELS[-1])
+    a, b = layer.inputs(200), layer.inputs(200, seed=9)
+    for length, back in ((150, 140), (150, 128), (150, 64), (128, 64), (150, 0), (130, 129)):
+        mixed = tuple(np.concatenate([x[:back], y[back:]]) for x, y in zip(a, b, strict=True))
+        view = native.allocate(200, 255)
+        out = np.zeros((200, 128), np.float32)
+        native.run(*(x[:length] for x in a), *layer.rope(), out[:length], [view], [length])
+        for refused in (length // 64 * 64 - 1, 63, 1):
+            with pytest.raises(ValueError, match="groups of 64"):
+                view.truncate(refused)
+        view.truncate(back)
+        native.run(*(x[back:] for x in b), *layer.rope(), out[back:], [view], [200 - back])
+        np.testing.assert_array_equal(out[back:], layer.run(LEVELS[-1], mixed)[back:])
+
+
+@pytest.mark.parametrize("mode", ["bf16", "int4"])
+def test_a_truncated_sequence_forgets(mode: str) -> None:
+    layer = Layer(4, 2, 32, mode=mode)
     native = layer.native(LEVELS[-1])
     a, b = layer.inputs(100), layer.inputs(100, seed=9)
     mixed = tuple(np.concatenate([x[:41], y[41:]]) for x, y in zip(a, b, strict=True))

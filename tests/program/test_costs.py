@@ -61,7 +61,7 @@ def test_windows_by_counting(length: int, context: int) -> None:
     seen = [range(max(0, p - 24 + 1), p + 1) for p in range(context, context + length)]
     assert work.visible(24) == sum(len(keys) for keys in seen)
     state = State("s", "n", "window", {"k": (1,)}, 24)
-    assert work.touched(state) == (len(set().union(*seen)), length)
+    assert work.touched(state) == [(len(set().union(*seen)), length)]
     costs = step_costs(MISTRAL, work)
     assert costs["layers.0.self_attn.attention"].operations == 4 * 4 * 64 * sum(len(keys) for keys in seen)
 

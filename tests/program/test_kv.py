@@ -10,7 +10,7 @@ from gristmill.errors import UsageError
 from gristmill.models import build_program
 from gristmill.program.builder import Builder
 from gristmill.program.checker import check
-from gristmill.program.kv import KV_FORMATS, kv_bytes, kv_formats
+from gristmill.program.kv import KV_FORMATS, kv_bytes, kv_bytes_per_token, kv_formats, kv_room
 from gristmill.program.nodes import Program, ProgramError
 from tests.kits import files
 
@@ -32,7 +32,12 @@ def test_bytes_count_codes_and_scales() -> None:
     assert kv_bytes([(2, 64)], "bf16", 10) == 10 * 2 * 64 * 2
     # 4 bits and a 16-bit scale per 64: 4.25 bits per number.
     assert kv_bytes([(2, 64), (2, 64)], "int4", 10) == 10 * 4 * 64 * 4.25 / 8
-    assert kv_bytes([(3, 208)], "int4") == 3 * (104 + 2 * 2)
+    assert kv_bytes([(3, 208)], "int4", 1) == 3 * (104 + 2 * 2)
+    # 4 bits and two 16-bit numbers per 64 tokens: 4.5 bits; the tokens of an unfinished group have 16.
+    assert kv_bytes([(2, 80)], "int4-channel", 150) == 2 * 80 * (128 * 4.5 + 22 * 16) / 8
+    assert kv_bytes_per_token([(2, 80)], "int4-channel") == 2 * 80 * 4.5 / 8
+    assert kv_room([(2, 80)], "int4-channel", 160) == 2 * 80 * (160 * 4.5 + 128 * 16) / 8
+    assert kv_room([(2, 80)], "int4", 160) == kv_bytes([(2, 80)], "int4", 160)
 
 
 def test_the_caller_overrides_the_program() -> None:
@@ -41,6 +46,9 @@ def test_the_caller_overrides_the_program() -> None:
     assert list(kv_formats(own).items()) == [(STATES[0], "bf16"), (STATES[1], "int4")]
     for kv_format in KV_FORMATS:
         assert kv_formats(own, kv_format) == dict.fromkeys(STATES, kv_format)
+    windowed = build_program(files.config("mistral"))
+    with pytest.raises(UsageError, match=r"layers\.0.*int4-channel keeps no sliding window"):
+        kv_formats(windowed, "int4-channel")
     with pytest.raises(UsageError, match=r"kv_dtype must be one of f32, bf16, int4.*, not 'int3'"):
         kv_formats(PROGRAM, "int3")
 

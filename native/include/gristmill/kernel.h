@@ -81,20 +81,23 @@ enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 constexpr int64_t kSpanTokens = 256;
 constexpr int64_t kTileTokens = 16;
 
-// How keys and values are kept: floats, or int4: codes -8..7 and one bf16 scale per token, KV head and group
-// of kKvGroup dimensions of the head (the last one may be smaller): s = max|x| / 7, rounded (1 where it is
-// 0), code = round-to-even(x / s).
-enum class KvFormat : int32_t { kF32 = 0, kBf16 = 1, kInt4 = 2 };
+// How keys and values are kept: as floats, or as 4-bit codes. kInt4: codes -8..7 and one bf16 scale per
+// token, KV head and group of kKvGroup dimensions of the head (the last one may be smaller): s = max|x| / 7,
+// rounded (1 where it is 0), code = round-to-even(x / s). kInt4Channel: codes 0..15 (stored less 8), a bf16
+// scale and a bf16 minimum per KV head, dimension and group of kKvChannelGroup tokens of the sequence, x = s
+// * code + m; tokens of a group that is not full yet stay in bf16.
+enum class KvFormat : int32_t { kF32 = 0, kBf16 = 1, kInt4 = 2, kInt4Channel = 3 };
+constexpr int64_t kKvChannelGroup = 64;
 constexpr int64_t kKvGroup = 128;
 constexpr int64_t kv_groups(int64_t head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
 
 // Where one sequence's keys and values of one layer lie. Token p of KV head h is in the tile at
 // `k + span * span_bytes + h * head_bytes + p % 256 / 16 * tile_bytes`, span = p / 256 (modulo `ring` when
 // that is not 0). Inside a tile of 16 tokens, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16
-// tokens], int4 [head_dim / 8][16 tokens] words of 32 bits; values: bf16 [16 / 2][head_dim][2] (pairs of
-// tokens), f32 [16][head_dim], int4 [16 / 8][head_dim] words. A word holds eight codes in two's complement,
+// tokens], codes [head_dim / 8][16 tokens] words of 32 bits; values: bf16 [16 / 2][head_dim][2] (pairs of
+// tokens), f32 [16][head_dim], codes [16 / 8][head_dim] words. A word holds eight codes in two's complement,
 // number 2 j + h (of dimensions or tokens) in the bits from 16 h + 4 j. After a head's tiles come their
-// scales, tile by tile: [groups][16 tokens].
+// scales: kInt4: [tile][groups] [16 tokens]; kInt4Channel: [64 tokens][2: scales, minimums][head_dim].
 struct KvSegment {
   char* k = nullptr;
   char* v = nullptr;
@@ -103,6 +106,12 @@ struct KvSegment {
   int64_t tile_bytes = 0;
   int64_t scale_bytes = 0;  // of one tile
   int64_t ring = 0;         // spans in the ring of a sliding-window layer, 0 where spans are not reused
+  // kInt4Channel: bf16 [kv heads][64][head_dim], the tokens of the group that the sequence is in, and where
+  // those of the group go that it is in after the step, if that is another one.
+  uint16_t* k_tail = nullptr;
+  uint16_t* v_tail = nullptr;
+  uint16_t* k_tail_after = nullptr;
+  uint16_t* v_tail_after = nullptr;
 
   int64_t tile_at(int64_t position, int64_t head) const {
     return head_at(position, head) + position % kSpanTokens / kTileTokens * tile_bytes;
@@ -204,9 +213,12 @@ struct KernelTable {
   void (*attention_costs)(const AttentionArgs& a, float* costs);
   int64_t (*attention_partial_floats)(const AttentionArgs& a);
   void (*attention_spans)(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
+  // commit, beside merge: writes the keys and values that stay as they are of the rows in [row_begin,
+  // row_end).
+  void (*attention_commit)(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);
   // merge: the results of the short sequences' rows in [row_begin, row_end), from their partial results.
   void (*attention_merge)(const AttentionArgs& a, int64_t row_begin, int64_t row_end);
-  int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for prepare and spans
+  int64_t (*attention_scratch_bytes)(const AttentionArgs& a);  // per thread, for prepare, spans and commit
 
   // For the sampler, over one row of n logits. row_maxima: the highest of every kMaximaBlock (-inf counts as
   // -FLT_MAX); false if one is NaN or +inf. row_exponentials: out = exp((x - top) * inverse), and the sums of

@@ -15,7 +15,7 @@ from typing import Any
 
 from gristmill.errors import GristmillError, UsageError
 from gristmill.program.batch import MAX_STEP_TOKENS
-from gristmill.program.kv import KV_DEFAULT, check_kv_dtype, kv_bytes, kv_formats
+from gristmill.program.kv import KV_DEFAULT, check_kv_dtype, kv_formats, kv_room
 from gristmill.program.nodes import CONSTANT, WINDOW, Program
 
 RESERVE = 128 << 20
@@ -54,7 +54,7 @@ class Layer:
 
     def nbytes(self, context: int) -> int:
         """Bytes of a sequence of at most `context` tokens."""
-        return int(kv_bytes(self.shapes, self.kv_format, self.tokens(context)))
+        return int(kv_room(self.shapes, self.kv_format, self.tokens(context)))
 
 
 @dataclass(frozen=True, slots=True)

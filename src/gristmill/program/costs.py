@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from gristmill.program.kv import kv_bytes, kv_formats
-from gristmill.program.nodes import Node, Program, State
+from gristmill.program.kv import kv_bytes, kv_bytes_per_token, kv_formats
+from gristmill.program.nodes import CONSTANT, Node, Program, State
 from gristmill.program.ops import COLUMNS, OPS, Site, shape_text
 
 WeightBytes = Mapping[str, float] | Callable[[str], float]
@@ -63,14 +63,13 @@ class Work:
                 total += length * (first + last) // 2
         return total
 
-    def touched(self, state: State) -> tuple[int, int]:
-        """(entries read, entries written) of a state, over all sequences."""
-        read = written = 0
-        for length, context in zip(self.lengths, self.contexts, strict=True):
-            if length:
-                read += min(context + length, state.window + length - 1) if state.window else context + length
-                written += length
-        return read, written
+    def touched(self, state: State) -> list[tuple[int, int]]:
+        """(entries read, entries written) of a state, of every sequence that has new tokens."""
+        return [
+            (min(context + length, state.window + length - 1) if state.window else context + length, length)
+            for length, context in zip(self.lengths, self.contexts, strict=True)
+            if length
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +119,9 @@ def step_costs(
             weights += stored
         read = written = 0.0
         if site.state is not None:
-            read, written = (
-                kv_bytes(site.state.entry.values(), formats[site.state.name], entries)
-                for entries in work.touched(site.state)
-            )
+            for entries, new in work.touched(site.state):
+                read += kv_bytes(site.state.entry.values(), formats[site.state.name], entries)
+                written += kv_bytes(site.state.entry.values(), formats[site.state.name], new)
         buffers = sum(
             4 * _elements(work, program.buffers[name].shape) for name in (*node.inputs, *node.outputs)
         )
@@ -166,6 +164,16 @@ def state_bytes(program: Program, tokens: int, kv_dtype: str | None = None) -> f
     formats = kv_formats(program, kv_dtype)
     return sum(
         kv_bytes(s.entry.values(), formats[name], s.entries(tokens)) for name, s in program.states.items()
+    )
+
+
+def state_bytes_per_token(program: Program, kv_dtype: str | None = None) -> float:
+    """Bytes that one more token adds to a long sequence, before any window is full."""
+    formats = kv_formats(program, kv_dtype)
+    return sum(
+        kv_bytes_per_token(s.entry.values(), formats[name])
+        for name, s in program.states.items()
+        if s.growth != CONSTANT
     )
 
 

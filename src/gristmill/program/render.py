@@ -13,7 +13,7 @@ from gristmill.program.costs import (
     Work,
     describe,
     parameters,
-    state_bytes,
+    state_bytes_per_token,
     step_costs,
     sum_costs,
     weight_total,
@@ -84,5 +84,5 @@ def render(
         nodes=len(program.nodes),
         parameters=parameters(program),
         weight_bytes=weight_total(program, weight_bytes),
-        state_bytes_per_token=state_bytes(program, 1, kv_dtype),
+        state_bytes_per_token=state_bytes_per_token(program, kv_dtype),
     )

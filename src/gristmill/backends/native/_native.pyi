@@ -38,6 +38,7 @@ class KvFormat(enum.Enum):
     F32 = 0
     BF16 = 1
     INT4 = 2
+    INT4_CHANNEL = 3
 
 class Pool:
     def __init__(self, threads: int) -> None: ...

@@ -27,6 +27,7 @@ _KV_FORMATS = {
     "f32": _native.KvFormat.F32,
     "bf16": _native.KvFormat.BF16,
     "int4": _native.KvFormat.INT4,
+    "int4-channel": _native.KvFormat.INT4_CHANNEL,
 }
 _NO_CANCEL = np.zeros(0, np.int32)
 
@@ -70,7 +71,11 @@ class NativeKVView:
         return int(self.native.length)
 
     def truncate(self, length: int) -> None:
-        """Forgets the tokens from `length` on. UsageError where a sliding window has moved on."""
+        """Forgets the tokens from `length` on. UsageError where a sliding window has moved on.
+
+        So, too, where `int4-channel` would have to break up groups of tokens: it can only go back to a
+        multiple of 64, or within the last, unfinished group.
+        """
         try:
             self.native.truncate(length)
         except ValueError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gristmill.backends.reference.ops import FUNCTIONS, Context, Entries, run
 from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
 from gristmill.program.batch import Batch, CancelFlag, KVView
-from gristmill.program.kv import check_kv_dtype
+from gristmill.program.kv import kv_formats
 from gristmill.program.nodes import Program
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ class ReferenceExecutor:
         dtype: str = "float32",
         kv_dtype: str | None = None,
     ) -> None:
-        check_kv_dtype(kv_dtype)
         if dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         for node in program.nodes:
@@ -90,11 +89,7 @@ class ReferenceExecutor:
                 )
         self.program = program
         self.dtype = DTYPES[dtype]
-        self.kv_formats = {
-            node.state: kv_dtype or node.attributes.get("kv_format", "")
-            for node in program.nodes
-            if node.state is not None
-        }
+        self.kv_formats = kv_formats(program, kv_dtype, "f32")
         self.vocab_size = program.vocab_size
         self.weights: dict[str, Tensor] = {}
         """The tensors by name, in `dtype`. They may be replaced, or made to require gradients."""

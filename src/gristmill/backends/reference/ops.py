@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gristmill.formats import fp8
-from gristmill.program.kv import GROUP
+from gristmill.program.kv import CHANNEL_GROUP, GROUP
 from gristmill.program.nodes import Node, terms
 from gristmill.program.rope import rope_inverse_frequencies
 
@@ -36,7 +36,7 @@ class Context:
     past: Sequence[Mapping[str, Entries]]
     """Per sequence: entries by state. Never written."""
     kv_formats: Mapping[str, str]
-    """By state, how keys and values are rounded (`program.kv`); not at all where it says "" or `f32`."""
+    """By state, how keys and values are rounded (`program.kv`); not at all where it says `f32`."""
     appended: list[dict[str, Entries]] = field(default_factory=list)
     """Per sequence: the entries after this step, by state."""
 
@@ -205,15 +205,18 @@ def _attention(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) ->
         c.appended[i][n.state] = keys, values
         if length:
             visible = _visible(len(keys) - length, length, a["window"])
-            outputs.append(_attend(queries[rows], keys, values, visible, a["scale"]))
+            kept = [(keys, values, visible)]
+            if c.kv_formats[n.state] == "int4-channel":
+                kept = _by_channel(keys, values, visible)
+            outputs.append(_attend(queries[rows], kept, a["scale"]))
     return (torch.cat(outputs) if outputs else x[0],)
 
 
 def _kept(x: Tensor, kv_format: str) -> Tensor:
     """What is left of vectors [..., head_dim] in a KV format. Gradients pass as if nothing were rounded."""
-    if kv_format in ("", "f32"):
+    if kv_format == "f32":
         return x
-    if kv_format == "bf16":
+    if kv_format in ("bf16", "int4-channel"):  # the latter's codes come later, `_by_channel`
         rounded = x.to(torch.bfloat16)
     else:
         rounded = torch.cat([_int4(part) for part in torch.split(_wide(x), GROUP, -1)], -1)
@@ -235,11 +238,46 @@ def _visible(past: int, length: int, window: int) -> Tensor:
     return seen & (key > own - window) if window else seen
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    grouped = q.reshape(len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
-    scores = _wide(torch.einsum("tghd,jgd->ghtj", grouped, k)) * scale
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
-    return torch.einsum("ghtj,jgd->tghd", weights, v).reshape(len(q), -1)
+Kept = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and which of them each query row sees so."""
+
+
+def _by_channel(keys: Tensor, values: Tensor, visible: Tensor) -> list[Kept]:
+    """A row sees groups of 64 tokens that end at or before its position as codes, its own one as it is."""
+    full = len(keys) // CHANNEL_GROUP * CHANNEL_GROUP
+    group = torch.arange(len(keys)) // CHANNEL_GROUP
+    own = group[None, :] == group[len(keys) - len(visible) :, None]
+    codes = [torch.cat([_int4_channel(x[:full]), x[full:]]) for x in (keys, values)]
+    return [(keys, values, visible & own), (codes[0], codes[1], visible & ~own)]
+
+
+def _int4_channel(x: Tensor) -> Tensor:
+    groups = x.detach().to(torch.float32).reshape(-1, CHANNEL_GROUP, *x.shape[1:])
+    low = _outward(groups.amin(1, keepdim=True), down=True)
+    scale = _outward((groups.amax(1, keepdim=True) - low) / 15, down=False)
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = ((groups - low) / scale).round().clamp(0, 15)
+    return x + ((codes * scale + low).reshape(x.shape).to(x.dtype) - x).detach()
+
+
+def _outward(x: Tensor, down: bool) -> Tensor:
+    """float32 rounded to bf16, down or up."""
+    bits = x.contiguous().view(torch.int32)
+    away = (x < 0) == down
+    rounded: Tensor = torch.where(away, bits + 0xFFFF, bits).bitwise_and(-0x10000).view(torch.float32)
+    return rounded
+
+
+def _attend(q: Tensor, kept: list[Kept], scale: float) -> Tensor:
+    kv_heads = kept[0][0].shape[1]
+    grouped = q.reshape(len(q), kv_heads, q.shape[1] // kv_heads, q.shape[2])
+    scores = [
+        (_wide(torch.einsum("tghd,jgd->ghtj", grouped, k)) * scale).masked_fill(~visible, float("-inf"))
+        for k, _, visible in kept
+    ]
+    weights = torch.split(torch.cat(scores, -1).softmax(-1).to(q.dtype), len(kept[0][0]), -1)
+    mixed = [torch.einsum("ghtj,jgd->tghd", p, v) for p, (_, v, _) in zip(weights, kept, strict=True)]
+    return torch.stack(mixed).sum(0).reshape(len(q), -1)
 
 
 FUNCTIONS: dict[str, Function] = {
