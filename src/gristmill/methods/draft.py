@@ -52,7 +52,7 @@ class Draft:
         self.changed: set[str] = set()
         """Tensors whose values are no longer the source's."""
         self.factors: Factors = dict(source.factors)
-        """How rows and columns of matrices were scaled by `fold`, by its methods before and by the source's."""
+        """How rows and columns of matrices were scaled by `fold`, here and in the source."""
         self.notes: list[str] = []
         """What a method did otherwise than asked, one line each: goes into the report."""
         self.progress: Progress = progress or (lambda label, done, total: None)
@@ -108,7 +108,9 @@ class Draft:
             if len(shape) == 2:
                 axes = list(self.factors.get(part.weight) or (np.ones(n, np.float32) for n in shape))
                 scale = np.asarray(factors, np.float64)[part.channels]
-                axes[part.axis] = (axes[part.axis] * (scale if part.consumes else 1 / scale)).astype(np.float32)
+                axes[part.axis] = (axes[part.axis] * (scale if part.consumes else 1 / scale)).astype(
+                    np.float32
+                )
                 self.factors[part.weight] = (axes[0], axes[1])
 
     def edit(self, program: Program) -> None:
