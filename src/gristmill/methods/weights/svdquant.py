@@ -341,7 +341,7 @@ def candidates(a: NDArray[np.float64], b: NDArray[np.float64], grid: int) -> lis
 
 
 def low_rank(w: Tensor, rank: int, *, start: Tensor | None = None) -> Fit:
-    """U [N, r] and D [r, K], float32, with U D next to W [N, K] in the Frobenius norm; r = min(rank, N, K).
+    """U [N, r] and D [r, K], in the dtype of W, with U D next to W [N, K] in the Frobenius norm; r = min(rank, N, K).
 
     The truncated SVD (Eckart and Young), from the eigenvectors of the smaller Gram matrix in float64: rows
     of D are right singular vectors whose largest entry is positive, U holds the singular values. start: a D
@@ -369,7 +369,7 @@ def low_rank(w: Tensor, rank: int, *, start: Tensor | None = None) -> Fit:
         up, down = vectors * size, down / torch.where(size > 0, size, 1.0)[:, None]
     peak = down.gather(1, down.abs().argmax(1, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0).double()
-    return (up * sign.T).float(), (down * sign).float()
+    return (up * sign.T).to(w.dtype), (down * sign).to(w.dtype)
 
 
 def _rounded(x: Tensor, group: int, bits: int) -> Tensor:
