@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gristmill.backends.native import NativeExecutor
     from gristmill.io.chat import ChatTemplate
     from gristmill.io.checkpoint import Progress
+    from gristmill.io.lora import Adapters, Strengths
     from gristmill.io.tokenizer import Tokenizer
 
 __all__ = ["LEAST_CONTEXT", "ChatSession", "Model", "load"]
@@ -37,29 +38,32 @@ def load(
     kv_dtype: str | None = None,
     threads: int | None = None,
     context: int | None = None,
+    lora: Adapters = (),
+    lora_strength: Strengths = 1.0,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model; the first time it is also converted into the cache. Prints nothing.
 
     model: a GGUF file, a Hugging Face or checkpoint directory, a hub name, or the short name `smollm2`.
     weights: `stored`, `f32`, `bf16`, `int8` or `int4`. activations: `exact`, `bf16`, `fast`; None: `fast` for
-    integer weights, as stored for float ones. kv_dtype: `f32`, `bf16`, `int4` or
-    `int4-channel`; None: what the model says, else `bf16`. threads: None for all this process may use.
-    context: most tokens of a sequence, prompt included; None: what the model was made for, or less if memory
-    is short. progress(label, done, total) is called now and then. Raises UsageError for wrong options,
-    ModelError for a model that cannot be read, GristmillError if it does not fit the memory.
+    integer weights, as stored for float ones. kv_dtype: `f32`, `bf16`, `int4` or `int4-channel`; None: what
+    the model says, else `bf16`. threads: None for all this process may use. context: most tokens of a
+    sequence, prompt included; None: what the model was made for, or less if memory is short. lora:
+    directories of LoRA adapters in PEFT's format, with a strength for all or each; the weights stay as they
+    are. progress(label, done, total) is called now and then. Raises UsageError for wrong options, ModelError
+    for a model that cannot be read, GristmillError if it does not fit the memory.
     """
     from gristmill.backends.native import NativeExecutor
-    from gristmill.io.checkpoint import Checkpoint
     from gristmill.io.convert import prepare
     from gristmill.io.json_file import read_object
+    from gristmill.io.lora import open_adapted
     from gristmill.io.memory import plan
     from gristmill.io.tokenizer import Tokenizer
     from gristmill.models import read_config
 
     started = time.perf_counter()
     path = prepare(model, weights, progress)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_adapted(path, lora, lora_strength)
     most = read_config(checkpoint.config).max_positions
     if context is not None and (
         isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= most

@@ -100,6 +100,19 @@ mode_options = _options(
         envvar="GRISTMILL_KV_DTYPE",
         help="Keys and values in the KV cache. [default: as the model says, else bf16]",
     ),
+    click.option(
+        "--lora",
+        multiple=True,
+        metavar="DIR",
+        help="Add a LoRA adapter in PEFT's format. May be repeated.",
+    ),
+    click.option(
+        "--lora-strength",
+        multiple=True,
+        type=float,
+        metavar="X",
+        help="Strength of each adapter, in their order. [default: 1]",
+    ),
     threads_option,
 )
 

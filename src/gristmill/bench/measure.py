@@ -19,6 +19,7 @@ from gristmill.program.batch import GENERATED, PROMPT, Batch, Executor, KVView
 
 if TYPE_CHECKING:
     from gristmill.io.checkpoint import Progress
+    from gristmill.io.lora import Adapters, Strengths
 
 DECODE_STEPS = 64
 FIRST_PROMPT = 32
@@ -32,6 +33,8 @@ def run(
     activations: str | None = None,
     kv_dtype: str | None = None,
     threads: int | None = None,
+    lora: Adapters = (),
+    lora_strength: Strengths = 1.0,
     prefill: Sequence[int] = (512,),
     decode: Sequence[tuple[int, int]] = ((1, 512), (16, 64), (16, 512)),
     repeats: int = 5,
@@ -61,7 +64,14 @@ def run(
             "bench needs prompts of at least 1 token, batches of at least 1 and contexts of at least 1"
         )
     with Subject.load(
-        model, weights=weights, activations=activations, kv_dtype=kv_dtype, threads=threads, progress=progress
+        model,
+        weights=weights,
+        activations=activations,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        lora=lora,
+        lora_strength=lora_strength,
+        progress=progress,
     ) as subject:
         longest = max([*prefill, *(c + decode_steps for _, c in decode)], default=0)
         if longest > subject.context:

@@ -28,6 +28,8 @@ def startup(
     activations: str | None = None,
     kv_dtype: str | None = None,
     threads: int | None = None,
+    lora: Sequence[str] = (),
+    lora_strength: Sequence[float] = (),
     prompt: str = PROMPT,
     repeats: int = 5,
     progress: Progress | None = None,
@@ -65,6 +67,10 @@ def startup(
         command += ["--activations", activations]
     if threads is not None:
         command += ["--threads", str(threads)]
+    for adapter in lora:
+        command += ["--lora", adapter]
+    for strength in lora_strength:
+        command += ["--lora-strength", str(strength)]
     plain: list[float] = []
     traces: list[dict[str, Any]] = []
     for turn in range(repeats + 1):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gristmill.api import Model
     from gristmill.backends.native.executor import NativeExecutor
     from gristmill.io.checkpoint import Progress
+    from gristmill.io.lora import Adapters, Strengths
     from gristmill.io.tokenizer import Tokenizer
 
 
@@ -39,6 +40,8 @@ class Subject:
         activations: str | None = None,
         kv_dtype: str | None = None,
         threads: int | None = None,
+        lora: Adapters = (),
+        lora_strength: Strengths = 1.0,
         progress: Progress | None = None,
     ) -> Subject:
         """Converts the model if it is not in the cache yet (not part of `load_s`) and loads it.
@@ -47,12 +50,16 @@ class Subject:
         """
         from gristmill.backends.native.executor import NativeExecutor
         from gristmill.io.convert import prepare
+        from gristmill.io.lora import open_adapted
         from gristmill.models import read_config
 
         prepare(model, weights, progress)
         begin = time.perf_counter()
         path = prepare(model, weights)
-        executor = NativeExecutor.load(path, activations=activations, kv_dtype=kv_dtype, threads=threads)
+        checkpoint = open_adapted(path, lora, lora_strength)
+        executor = NativeExecutor.load(
+            checkpoint, activations=activations, kv_dtype=kv_dtype, threads=threads
+        )
         load_s = time.perf_counter() - begin
         context = read_config(_config(path)).max_positions
         # A path would tell about the machine; its last part names the model.

@@ -16,6 +16,7 @@ from gristmill.program.batch import GENERATED, MAX_STEP_TOKENS, PROMPT, Batch, E
 
 if TYPE_CHECKING:
     from gristmill.io.checkpoint import Progress
+    from gristmill.io.lora import Adapters, Strengths
     from gristmill.io.tokenizer import Tokenizer
 
 WINDOW = 512
@@ -39,6 +40,8 @@ def run(
     base_activations: str = "exact",
     base_kv: str = "f32",
     threads: int | None = None,
+    lora: Adapters = (),
+    lora_strength: Strengths = 1.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compares a model in one mode with a base, in one process and without PyTorch.
@@ -48,6 +51,8 @@ def run(
     position of a window is compared over the whole vocabulary, and every token but a window's first counts
     for the perplexity. phase: whether the model takes the text as `prompt` or as `generated` tokens, whose
     arithmetic may differ (docs/arithmetic.md).
+
+    lora: adapters of the model, not of the base.
 
     Returns the figures of `Quality.figures` and what they are of: text, text_sha256, window, windows, model,
     base, phase, modes, base_modes, weight_bytes, bits_per_weight.
@@ -71,6 +76,8 @@ def run(
             activations=activations,
             kv_dtype=kv_dtype,
             threads=threads,
+            lora=lora,
+            lora_strength=lora_strength,
             progress=progress,
         ) as ours,
         Subject.load(

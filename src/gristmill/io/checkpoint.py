@@ -1,7 +1,7 @@
 """Checkpoint directories: config.json, tokenizer files, model.safetensors, recipe.yaml, report.json.
 
 Where a recipe has changed what the model computes, program.json holds the semantic program to run; where it
-has scaled channels, smoothing.safetensors holds the scales, which only adapters need (see `gristmill.io.lora`).
+has scaled channels, smoothing.safetensors holds the scales, which only adapters need (`gristmill.io.lora`).
 
 The config is a Hugging Face one; its `quantization_config` has `"quant_method": "gristmill"`, `"version": 1`
 and under `tensors` the format of every matrix (see `gristmill.formats.packed`). A matrix `x` is stored as
@@ -148,11 +148,11 @@ def write(
         (directory / PROGRAM).write_bytes(text)
         hashes[PROGRAM] = hashlib.sha256(text).hexdigest()
     if factors:
-        vectors = {
-            f"{name}.{axis}": pair[i] for name, pair in factors.items() for i, axis in enumerate(_AXES)
-        }
-        safetensors.write(directory / SMOOTHING, vectors)
-        hashes[SMOOTHING] = hashlib.sha256(map_file(directory / SMOOTHING)).hexdigest()
+        axes = [
+            (f"{n}.{axis}", v) for n, pair in factors.items() for axis, v in zip(_AXES, pair, strict=True)
+        ]
+        safetensors.write(directory / SMOOTHING, dict(axes))
+        hashes[SMOOTHING] = hashlib.sha256(byte_view(map_file(directory / SMOOTHING))).hexdigest()
     dump_json(directory / "report.json", {"version": VERSION, **report, **figures, "sha256": hashes})
     (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
@@ -355,7 +355,8 @@ class Checkpoint:
                 raise ModelError(f"{self.directory / PROGRAM} is not what was written (SHA-256 differs)")
         smoothing = self.directory / SMOOTHING
         if smoothing.is_file() or SMOOTHING in hashes:
-            if hashes.get(SMOOTHING) != hashlib.sha256(map_file(smoothing)).hexdigest():
+            found = hashlib.sha256(byte_view(map_file(smoothing))).hexdigest()
+            if hashes.get(SMOOTHING) != found:
                 raise ModelError(f"{smoothing} is not what was written (SHA-256 differs)")
         for name in self._file.entries:
             digest = hashlib.sha256(byte_view(self._file.array(name))).hexdigest()

@@ -52,7 +52,7 @@ class Draft:
         self.changed: set[str] = set()
         """Tensors whose values are no longer the source's."""
         self.factors: Factors = dict(source.factors)
-        """How rows and columns of matrices were scaled by `fold`, by its methods before and by the source's."""
+        """How rows and columns of matrices were scaled by `fold`, here and in the source."""
         self.notes: list[str] = []
         """What a method did otherwise than asked, one line each: goes into the report."""
         self.progress: Progress = progress or (lambda label, done, total: None)

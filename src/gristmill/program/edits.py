@@ -73,56 +73,67 @@ def round_inputs(
     return _checked(replace(program, weights=weights), changed, "round_inputs")
 
 
-def add_branch(program: Program, linears: Sequence[str], rank: int, *, name: str, down: str = "") -> Program:
-    """Adds (x @ D.T) @ U_l.T to the result of every linear l (node names), all with one D.
+def add_branch(program: Program, linears: Sequence[str], rank: int, *, name: str) -> Program:
+    """`add_branches` with one branch."""
+    return add_branches(program, [(linears, rank)], name=name)
 
-    The weights are declared as `<down>.<name>_down.weight` [rank, K] and, for a linear with the weight
-    `m.weight` [N, K], `m.<name>_up.weight` [N, rank]; `down` is the module of the first linear unless given.
-    Where the linears' input is rounded, x is the input before that. A second branch needs another name.
+
+def add_branches(program: Program, branches: Sequence[tuple[Sequence[str], int]], *, name: str) -> Program:
+    """Adds (x @ D.T) @ U_l.T to the result of every linear l of a branch (node names), all with one D.
+
+    branches: linears, which read one buffer and occur in no other branch, and the rank. The weights are
+    declared as `k.<name>_down.weight` [rank, K], `k` the module of the first linear, and for a linear with
+    the weight `m.weight` [N, K] `m.<name>_up.weight` [N, rank]. Where the linears' input is rounded, x is the
+    input before that. Further branches of a linear need another name.
     """
-    nodes = [program.node(n) for n in linears]
     writers = program.writers()
-    sources = set()
-    for node in nodes:
-        source = node.inputs[0]
-        while source in writers and writers[source].op == "encode":
-            source = writers[source].inputs[0]
-        sources.add(source)
-    if len(sources) != 1:
-        raise ProgramError(f"the linears {list(linears)} do not read one buffer")
-    source = sources.pop()
-    width = program.buffers[source].shape[1]
-    assert isinstance(width, int)
+    nodes = {node.name: node for node in program.nodes}
     weights = dict(program.weights)
-    base = down or nodes[0].weights[0].removesuffix(".weight")
-    first = f"{linears[0]}.{name}_down"
+    downs: dict[str, Node] = {}
+    ups: dict[str, Node] = {}
 
-    def declare(weight: str, *shape: int) -> str:
+    def declare(linear: str, role: str, *shape: int) -> tuple[str]:
+        weight = f"{nodes[linear].weights[0].removesuffix('.weight')}.{name}_{role}.weight"
         if weight in weights:
             raise ProgramError(f"there is a weight {weight!r} already")
         weights[weight] = Weight(weight, shape)
-        return weight
+        return (weight,)
 
-    down_weight = declare(f"{base}.{name}_down.weight", rank, width)
+    for linears, rank in branches:
+        sources = set()
+        for linear in linears:
+            source = nodes[linear].inputs[0]
+            while source in writers and writers[source].op == "encode":
+                source = writers[source].inputs[0]
+            sources.add(source)
+        if len(sources) != 1:
+            raise ProgramError(f"the linears {list(linears)} do not read one buffer")
+        source = sources.pop()
+        width = program.buffers[source].shape[1]
+        assert isinstance(width, int)
+        first = f"{linears[0]}.{name}_down"
+        downs[linears[0]] = Node(
+            first, "linear", (source,), (first,), declare(linears[0], "down", rank, width)
+        )
+        for linear in linears:
+            rows = program.weights[nodes[linear].weights[0]].shape[0]
+            up = f"{linear}.{name}_up"
+            ups[linear] = Node(up, "linear", (first,), (up,), declare(linear, "up", rows, rank))
     renamed: dict[str, str] = {}
     changed: list[Node] = []
     for original in program.nodes:
         node = replace(original, inputs=tuple(renamed.get(n, n) for n in original.inputs))
-        if node.name == linears[0]:
-            changed.append(Node(first, "linear", (source,), (first,), (down_weight,)))
+        if node.name in downs:
+            down = downs[node.name]
+            changed.append(replace(down, inputs=tuple(renamed.get(n, n) for n in down.inputs)))
         changed.append(node)
-        if node.name in linears:
-            rows = program.weights[node.weights[0]].shape[0]
-            module = node.weights[0].removesuffix(".weight")
-            up, total = f"{node.name}.{name}_up", f"{node.name}.{name}_sum"
-            changed.append(
-                Node(up, "linear", (first,), (up,), (declare(f"{module}.{name}_up.weight", rows, rank),))
-            )
-            changed.append(Node(total, "add", (node.outputs[0], up), (total,)))
-            renamed[node.outputs[0]] = total
+        if node.name in ups:
+            total, result = f"{node.name}.{name}_sum", node.outputs[0]
+            changed += [ups[node.name], Node(total, "add", (result, f"{node.name}.{name}_up"), (total,))]
+            renamed[result] = total
     if program.output in renamed:
         program = replace(program, output=renamed[program.output])
-    return _checked(replace(program, weights=weights), changed, "add_branch")
+    return _checked(replace(program, weights=weights), changed, "add_branches")
 
 
 def keep_keys(

@@ -54,8 +54,8 @@ class WeightStore:
         """Address at which the array's bytes lie from now on; 0 for None."""
         if array is None:
             return 0
-        if self._arena is not None and self._extents is not None:
-            extent = self._extents(name)[part]
+        extent = self._extents(name).get(part) if self._extents is not None else None
+        if self._arena is not None and extent is not None:
             try:
                 return int(self._arena.read(str(extent.path), extent.offset, extent.nbytes))
             except OSError as error:

@@ -9,7 +9,7 @@ The scales are folded into what writes x (see `calibrate.sites`), so that nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -117,10 +117,7 @@ class _Run:
         done = 0
         for node in stream:
             for site in self.sites.get(node.name, ()):
-                draft.fold(
-                    site,
-                    draft.once(f"smooth {site.name}", lambda s=site, n=node: self.smooth(stream, s, n))["s"],
-                )
+                draft.fold(site, self.factors(stream, site, node))
             if node.name in self.groups:
                 self.round(stream, self.groups[node.name])
                 done += 1
@@ -148,8 +145,12 @@ class _Run:
 
     # Smoothing ------------------------------------------------------------------------------------------
 
-    def smooth(self, stream: Stream, site: Site, node: Node) -> dict[str, NDArray[np.float64]]:
+    def factors(self, stream: Stream, site: Site, node: Node) -> NDArray[np.float64]:
         """The factors of a site [width] with the least error of its consumers, rounded and with a branch."""
+        return self.draft.once(f"smooth {site.name}", lambda: {"s": self.search(stream, site, node)})["s"]
+
+    def search(self, stream: Stream, site: Site, node: Node) -> NDArray[np.float64]:
+        """`factors`, computed. node: the one at hand, from which the buffer of the site follows."""
         import torch
 
         from gristmill.calibrate.statistics import AbsMax
@@ -159,20 +160,20 @@ class _Run:
         largest = AbsMax(inputs[0].shape[1])
         for rows in inputs:
             largest.update(rows)
-        w = torch.cat([self.weight(n) for n in consumers])
+        error = _Error(self, stream, consumers, inputs)
+        w = error.w
         a = site.largest(largest.result().double().numpy())
         b = site.largest(w.abs().amax(0).double().numpy())
-        error = _Error(self.program, stream, consumers, inputs, w)
         best, factors = np.inf, np.ones(site.width)
         fit = low_rank(w, self.options.rank)
         for s in candidates(a, b, self.options.grid):
             columns = torch.from_numpy(s[site.channels]).float()
             fit = low_rank(w * columns, self.options.rank, start=fit[1] * columns)
             residual = w * columns - fit[0] @ fit[1]
-            found = error(error.x / columns, fit, self.rounded(residual), self.rounded_rows)
+            found = error(error.x / columns, fit, self.rounded(residual))
             if found < best:
                 best, factors = found, s
-        return {"s": factors}
+        return factors
 
     # Fitting --------------------------------------------------------------------------------------------
 
@@ -187,9 +188,7 @@ class _Run:
         w = torch.cat([self.weight(node) for node in nodes])
 
         def fit() -> dict[str, Packed]:
-            return self.packed_branch(
-                _Error(self.program, stream, nodes, stream.inputs(nodes[0]), w), w, nodes
-            )
+            return self.packed_branch(_Error(self, stream, nodes, stream.inputs(nodes[0])))
 
         branch = torch.zeros(())
         if options.rank:
@@ -198,27 +197,28 @@ class _Run:
             branch = up @ torch.from_numpy(draft.weight(_down(nodes)))
         residual = w - branch
         if options.quantise == "none":
-            for name, part in zip(names, residual.split(sizes), strict=True):
+            for name, part in zip(names, torch.split(residual, sizes), strict=True):
                 draft.set(name, part.numpy())
         else:
+            inputs = stream.inputs(nodes[0])
             draft.pack_once(
                 f"residual {nodes[0].name}",
                 names,
-                lambda: dict(
-                    zip(names, self.packed_residual(residual, sizes, stream.inputs(nodes[0])), strict=True)
-                ),
+                lambda: dict(zip(names, self.packed_residual(residual, sizes, inputs), strict=True)),
             )
-        for name, part in zip(names, branch.expand_as(w).split(sizes), strict=True):
+        for name, part in zip(names, torch.split(branch.expand_as(w), sizes), strict=True):
             # Until the program is edited the branch is part of the matrix.
             draft.executor.weights[name] = torch.from_numpy(draft.weight(name)) + part
 
     def packed_residual(self, residual: Tensor, sizes: list[int], inputs: Sequence[Tensor]) -> list[Packed]:
         """The residual in codes, cut into matrices of these sizes."""
+        import torch
+
         bits, group = self.options.bits, self.options.group
         if self.options.quantise == "rtn":
             return [
                 group_int.round_group_int(part.numpy(), bits=bits, group=group, symmetric=True)
-                for part in residual.split(sizes)
+                for part in torch.split(residual, sizes)
             ]
         from gristmill.calibrate.gptq import gptq
         from gristmill.calibrate.statistics import Hessian
@@ -230,21 +230,23 @@ class _Run:
         ends = np.cumsum(sizes)
         return [rounded.pack(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
-    def packed_branch(self, error: _Error, w: Tensor, nodes: list[Node]) -> dict[str, Packed]:
+    def packed_branch(self, error: _Error) -> dict[str, Packed]:
         """U and D, alternating between the low-rank fit and the rounding until the error grows."""
         import torch
 
-        best, result = np.inf, {}
+        w, nodes = error.w, error.nodes
+        best = np.inf
+        result: dict[str, Packed] = {}
         target, start = w, None
         for _ in range(self.options.iterations):
             up, down = low_rank(target, self.options.rank, start=start)
-            parts = up.split([len(self.weight(node)) for node in nodes])
             packed = {_down(nodes): self.pack(down)}
-            packed |= {_up(node): self.pack(part) for node, part in zip(nodes, parts, strict=True)}
+            for node, part in zip(nodes, torch.split(up, error.sizes), strict=True):
+                packed[_up(node)] = self.pack(part)
             stored_down, *stored_up = (torch.from_numpy(decode_f32(p)) for p in packed.values())
             stored = torch.cat(stored_up), stored_down
             rounded = self.rounded(w - stored[0] @ stored[1])
-            found = error(error.x, stored, rounded, self.rounded_rows)
+            found = error(error.x, stored, rounded)
             if found >= best:
                 break
             best, result, target, start = found, packed, w - rounded, down
@@ -276,41 +278,35 @@ class _Run:
 class _Error:
     """Squared error of linears' results over some rows; of attention's projected result for q, k and v."""
 
-    def __init__(
-        self, program: Program, stream: Stream, nodes: Sequence[Node], inputs: Sequence[Tensor], w: Tensor
-    ) -> None:
-        """inputs: what the linears read, as it is; w: their matrices, stacked."""
+    def __init__(self, run: _Run, stream: Stream, nodes: Sequence[Node], inputs: Sequence[Tensor]) -> None:
+        """inputs: what the linears read, unrounded."""
         import torch
 
-        self.stream = stream
-        self.nodes = nodes
-        self.last = _behind_attention(program, nodes)
-        if self.last is None:
-            rows = torch.cat(list(inputs))
-            self.lengths: list[int] = []
-            # Spread evenly, so that all of the text has its share.
-            self.x = rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()]
-        else:
-            count = next(
-                (i for i in range(1, len(inputs)) if sum(map(len, inputs[:i])) >= _ROWS), len(inputs)
-            )
-            self.lengths = [len(rows) for rows in inputs[:count]]
-            self.x = torch.cat(list(inputs[:count]))
+        weights = stream.executor.weights
+        self.run, self.stream, self.nodes = run, stream, nodes
+        self.w = torch.cat([run.weight(node) for node in nodes])
+        self.sizes = [len(weights[node.weights[0]]) for node in nodes]
+        none = [torch.zeros(size) for size in self.sizes]
         self.biases = torch.cat(
-            [
-                stream.executor.weights[n.weights[1]] if len(n.weights) > 1 else torch.zeros(n_rows)
-                for n, n_rows in ((n, program.weights[n.weights[0]].shape[0]) for n in nodes)
-            ]
+            [weights[n.weights[1]] if n.weights[1:] else z for n, z in zip(nodes, none, strict=True)]
         )
-        self.sizes = [program.weights[n.weights[0]].shape[0] for n in nodes]
-        self.target = self.module(self.x @ w.T)
+        self.last = _behind_attention(run.program, nodes)
+        count, rows = len(inputs), torch.cat(list(inputs))
+        if self.last is None:
+            # Spread evenly, so that all of the text has its share.
+            rows = rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()]
+        else:
+            ends = np.cumsum([len(part) for part in inputs])
+            count = min(count, int(np.searchsorted(ends, _ROWS)) + 1)
+            rows = rows[: ends[count - 1]]
+        self.lengths = [len(part) for part in inputs[:count]]
+        self.x = rows
+        self.target = self.module(rows @ self.w.T)
 
-    def __call__(
-        self, x: Tensor, fit: Fit, residual: Tensor, rounded_rows: Callable[[Tensor], Tensor]
-    ) -> float:
+    def __call__(self, x: Tensor, fit: Fit, residual: Tensor) -> float:
         """The error of x D^T U^T + Q(x) R^T."""
-        y = self.module(x @ fit[1].T @ fit[0].T + rounded_rows(x) @ residual.T)
-        return float((y - self.target).double().square().sum())
+        y = x @ fit[1].T @ fit[0].T + self.run.rounded_rows(x) @ residual.T
+        return float((self.module(y) - self.target).double().square().sum())
 
     def module(self, y: Tensor) -> Tensor:
         """Where errors are measured, given the linears' results [rows, N] without their biases."""
@@ -318,9 +314,9 @@ class _Error:
 
         if self.last is None:
             return y
-        parts = (y + self.biases).split(self.sizes, 1)
+        parts = torch.split(y + self.biases, self.sizes, 1)
         given = {
-            node.outputs[0]: list(part.split(self.lengths))
+            node.outputs[0]: list(torch.split(part, self.lengths))
             for node, part in zip(self.nodes, parts, strict=True)
         }
         return torch.cat(self.stream.evaluate_span(self.nodes[0], self.last, given=given))
@@ -345,7 +341,7 @@ def candidates(a: NDArray[np.float64], b: NDArray[np.float64], grid: int) -> lis
 
 
 def low_rank(w: Tensor, rank: int, *, start: Tensor | None = None) -> Fit:
-    """U [N, r] and D [r, K], float32, with U D next to W [N, K] in the Frobenius norm; r = min(rank, N, K).
+    """U [N, r] and D [r, K], in the dtype of W, with U D next to W [N, K] in the Frobenius norm; r = min(rank, N, K).
 
     The truncated SVD (Eckart and Young), from the eigenvectors of the smaller Gram matrix in float64: rows
     of D are right singular vectors whose largest entry is positive, U holds the singular values. start: a D
@@ -373,7 +369,7 @@ def low_rank(w: Tensor, rank: int, *, start: Tensor | None = None) -> Fit:
         up, down = vectors * size, down / torch.where(size > 0, size, 1.0)[:, None]
     peak = down.gather(1, down.abs().argmax(1, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0).double()
-    return (up * sign.T).float(), (down * sign).float()
+    return (up * sign.T).to(w.dtype), (down * sign).to(w.dtype)
 
 
 def _rounded(x: Tensor, group: int, bits: int) -> Tensor:
