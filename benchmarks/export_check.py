@@ -54,13 +54,11 @@ def main() -> int:
         for weights in ("int4", "int8"):
             checkpoint, out = prepare("smollm2", weights), Path(folder, weights)
             export_compressed_tensors(checkpoint, out)
-            ids = np.array(
-                Tokenizer.load(checkpoint).encode(builtin_text().content[:4096])[:TOKENS], np.int32
-            )
-            np.save(out / "ids.npy", ids.astype(np.int64))
+            ids = Tokenizer.load(checkpoint).encode(builtin_text().content[:4096])[:TOKENS]
+            np.save(out / "ids.npy", np.array(ids, np.int64))
             command = [python, "-c", ELSEWHERE, out, out / "ids.npy", out / "logits.npy"]
             subprocess.run(command, check=True, capture_output=True)
-            theirs, found = np.load(out / "logits.npy"), ours(checkpoint, ids)
+            theirs, found = np.load(out / "logits.npy"), ours(checkpoint, np.array(ids, np.int32))
             error = float(np.max(np.abs(found - theirs)) / np.max(np.abs(theirs)))
             same = float(np.mean(found.argmax(1) == theirs.argmax(1)))
             print(f"{weights}: largest difference {error:.1e} of the largest logit, same token {same:.1%}")

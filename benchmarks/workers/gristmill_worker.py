@@ -25,6 +25,7 @@ class GristmillWorker(Worker):
     def load(self, model: Path, mode: str, threads: int, options: dict[str, Any]) -> int:
         kept = ("activations", "kv_dtype")
         chosen = {name: options[name] for name in kept if name in options}
+        self.kv_dtype = options.get("kv_dtype")
         weights = options.get("weights", mode)
         self.subject = Subject.load(str(model), weights=weights, threads=threads, **chosen)
         self.load_seconds = self.subject.load_s
@@ -112,7 +113,7 @@ class GristmillWorker(Worker):
             context,
             steps,
             weight_bytes=self.subject.stored_bytes,
-            kv_element_bytes=self.subject.kv_element_bytes(),
+            kv_dtype=self.kv_dtype,
         )
         size = cost.memory_bytes / steps
         return size, self.probe(int(size))

@@ -3,7 +3,9 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <vector>
 
@@ -22,8 +24,8 @@ template <class T>
 using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
 gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group, int64_t groups,
-                  int offset, bool wide, const In<uint8_t>& values, const In<uint8_t>& scales,
-                  const In<uint8_t>& mins) {
+                  int offset, bool wide, int exponent, bool rounded, const In<uint8_t>& values,
+                  const In<uint8_t>& scales, const In<uint8_t>& mins) {
   gm::Weight w;
   w.storage = storage;
   w.n = n;
@@ -33,6 +35,9 @@ gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t
   w.groups = groups;
   w.offset = offset;
   w.wide_scales = wide;
+  w.e4m3_scales = exponent >= 0;
+  w.unit = std::ldexp(1.0f, -std::max(exponent, 0));
+  w.rounded = rounded;
   w.values = values.data();
   w.scales = scales.data();
   w.mins = mins.size() > 0 ? mins.data() : nullptr;
@@ -55,43 +60,53 @@ void bind_kernels(nb::module_& m) {
       "level"_a, "x"_a, "group"_a, "kp"_a, "limits"_a, "order"_a, "q"_a, "scale"_a, "sum"_a,
       "limits: the largest code of each group, or empty for 127; order: source columns, or empty.");
 
-  m.def("linear", [](const std::string& level, const std::string& arithmetic, gm::Storage storage, int64_t n,
-                     int64_t k, int64_t kp, int64_t group, int64_t groups, int offset, bool wide,
-                     In<uint8_t> values, In<uint8_t> scales, In<uint8_t> mins, In<float> x, In<float> bias,
-                     bool accumulate, Out<float> out, int64_t block_begin, int64_t block_end) {
-    const gm::KernelTable* t = gm::kernel_table(level);
-    const gm::Weight w = weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins);
-    const auto rows = static_cast<int64_t>(x.shape(0)), ldx = static_cast<int64_t>(x.shape(1));
-    // Poisoned: what scratch held before must not matter.
-    std::vector<char> scratch(static_cast<size_t>(gm::linear_scratch_bytes(w, rows)) + 64, '\xff');
-    void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
-    gm::LinearOut o;
-    o.out = out.data();
-    o.ld = static_cast<int64_t>(out.shape(1));
-    o.bias = bias.size() > 0 ? bias.data() : nullptr;
-    o.accumulate = accumulate;
-    if (arithmetic == "int8") {
-      std::vector<int8_t> q(static_cast<size_t>(rows * kp) + 64);
-      std::vector<float> scale(static_cast<size_t>(rows * groups));
-      std::vector<int32_t> sum(static_cast<size_t>(rows * groups));
-      t->encode_int8(x.data(), ldx, rows, k, group, kp, {}, q.data(), scale.data(), sum.data(), nullptr);
-      gm::Int8Rows r{q.data(), scale.data(), sum.data(), kp, groups};
-      t->linear_int8(w, r, rows, block_begin, block_end, o, aligned);
-    } else if (arithmetic == "bf16") {
-      std::vector<uint16_t> b(static_cast<size_t>(rows * kp) + 64);
-      t->encode_bf16(x.data(), ldx, rows, k, kp, b.data());
-      t->linear_bf16(w, b.data(), kp, rows, block_begin, block_end, o, aligned);
-    } else {
-      t->linear_f32(w, x.data(), ldx, rows, block_begin, block_end, o, aligned);
-    }
-  });
+  m.def(
+      "linear", [](const std::string& level, const std::string& arithmetic, gm::Storage storage, int64_t n,
+                   int64_t k, int64_t kp, int64_t group, int64_t groups, int offset, bool wide, int exponent,
+                   bool rounded, In<uint8_t> values, In<uint8_t> scales, In<uint8_t> mins, In<float> x,
+                   In<float> bias, bool accumulate, Out<float> out, int64_t block_begin, int64_t block_end) {
+        const gm::KernelTable* t = gm::kernel_table(level);
+        const gm::Weight w =
+            weight(storage, n, k, kp, group, groups, offset, wide, exponent, rounded, values, scales, mins);
+        const auto rows = static_cast<int64_t>(x.shape(0)), ldx = static_cast<int64_t>(x.shape(1));
+        // Poisoned: what scratch held before must not matter.
+        std::vector<char> scratch(static_cast<size_t>(gm::linear_scratch_bytes(w, rows)) + 64, '\xff');
+        void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+        gm::LinearOut o;
+        o.out = out.data();
+        o.ld = static_cast<int64_t>(out.shape(1));
+        o.bias = bias.size() > 0 ? bias.data() : nullptr;
+        o.accumulate = accumulate;
+        if (arithmetic == "int8") {
+          std::vector<int8_t> q(static_cast<size_t>(rows * kp) + 64);
+          std::vector<float> scale(static_cast<size_t>(rows * groups));
+          std::vector<int32_t> sum(static_cast<size_t>(rows * groups));
+          t->encode_int8(x.data(), ldx, rows, k, group, kp, {}, q.data(), scale.data(), sum.data(), nullptr);
+          gm::Int8Rows r{q.data(), scale.data(), sum.data(), kp, groups};
+          t->linear_int8(w, r, rows, block_begin, block_end, o, aligned);
+        } else if (arithmetic == "fp8") {
+          std::vector<uint16_t> b(static_cast<size_t>(rows * kp) + 64);
+          std::vector<float> scale(static_cast<size_t>(rows));
+          t->encode_fp8(x.data(), ldx, rows, k, kp, nullptr, b.data(), scale.data(), nullptr);
+          o.row_scale = scale.data();
+          t->linear_bf16(w, b.data(), kp, rows, block_begin, block_end, o, aligned);
+        } else if (arithmetic == "bf16") {
+          std::vector<uint16_t> b(static_cast<size_t>(rows * kp) + 64);
+          t->encode_bf16(x.data(), ldx, rows, k, kp, b.data());
+          t->linear_bf16(w, b.data(), kp, rows, block_begin, block_end, o, aligned);
+        } else {
+          t->linear_f32(w, x.data(), ldx, rows, block_begin, block_end, o, aligned);
+        }
+      });
 
-  m.def("decode_row", [](const std::string& level, gm::Storage storage, int64_t n, int64_t k, int64_t kp,
-                         int64_t group, int64_t groups, int offset, bool wide, In<uint8_t> values,
-                         In<uint8_t> scales, In<uint8_t> mins, int64_t row, Out<float> out) {
-    gm::kernel_table(level)->decode_row(
-        weight(storage, n, k, kp, group, groups, offset, wide, values, scales, mins), row, out.data());
-  });
+  m.def("decode_row",
+        [](const std::string& level, gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group,
+           int64_t groups, int offset, bool wide, int exponent, bool rounded, In<uint8_t> values,
+           In<uint8_t> scales, In<uint8_t> mins, int64_t row, Out<float> out) {
+          gm::kernel_table(level)->decode_row(
+              weight(storage, n, k, kp, group, groups, offset, wide, exponent, rounded, values, scales, mins),
+              row, out.data());
+        });
 
   m.def(
       "read_bandwidth",

@@ -22,21 +22,20 @@ template <class T>
 using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
 // One attention layer with sequences of its own: new tokens are appended and attended to in one call, as in a
-// step.
+// step. key_scale [kv_heads * head_dim], or empty.
 class AttentionLayer {
  public:
   AttentionLayer(std::string level, int heads, int kv_heads, int head_dim, float scale, int64_t window,
-                 bool kv_bf16, bool bf16_math, int64_t max_step)
-      : level_(std::move(level)) {
+                 gm::KvFormat kv, bool bf16_math, int64_t max_step, In<float> key_scale)
+      : level_(std::move(level)), key_scale_(key_scale.data(), key_scale.data() + key_scale.size()) {
     args_.heads = heads;
     args_.kv_heads = kv_heads;
     args_.head_dim = head_dim;
     args_.scale = scale;
     args_.window = window;
-    args_.kv_bf16 = kv_bf16;
+    args_.kv = kv;
     args_.bf16_math = bf16_math;
-    geometry_.layers.push_back({window, kv_heads, head_dim});
-    geometry_.element_bytes = kv_bf16 ? 2 : 4;
+    geometry_.layers.push_back({window, kv_heads, head_dim, kv});
     geometry_.max_step = max_step;
   }
 
@@ -66,6 +65,7 @@ class AttentionLayer {
     a.cos = cos.data();
     a.sin = sin.data();
     a.rope_dim = 2 * static_cast<int64_t>(cos.shape(1));
+    if (!key_scale_.empty()) a.key_scale = key_scale_.data();
     std::vector<gm::AttentionSequence> sequences;
     int64_t row = 0;
     for (size_t i = 0; i < views.size(); ++i) {
@@ -91,6 +91,7 @@ class AttentionLayer {
 
  private:
   std::string level_;
+  std::vector<float> key_scale_;
   gm::AttentionArgs args_;
   gm::KvGeometry geometry_;
 };
@@ -99,8 +100,9 @@ class AttentionLayer {
 
 void bind_attention_kernels(nb::module_& m) {
   nb::class_<AttentionLayer>(m, "AttentionLayer")
-      .def(nb::init<std::string, int, int, int, float, int64_t, bool, bool, int64_t>(), "level"_a, "heads"_a,
-           "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "kv_bf16"_a, "bf16_math"_a, "max_step"_a)
+      .def(nb::init<std::string, int, int, int, float, int64_t, gm::KvFormat, bool, int64_t, In<float>>(),
+           "level"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "kv"_a, "bf16_math"_a,
+           "max_step"_a, "key_scale"_a)
       .def("allocate", &AttentionLayer::allocate, "capacity"_a, "fill"_a = 0, nb::rv_policy::take_ownership)
       .def("run", &AttentionLayer::run, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "out"_a, "views"_a,
            "lengths"_a, "parts"_a = 1);

@@ -9,7 +9,9 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 
 #include "bindings/bind.h"
@@ -116,7 +118,12 @@ void bind_program(nb::module_& m) {
   nb::enum_<gm::Encoding>(m, "Encoding")
       .value("F32", gm::Encoding::kF32)
       .value("BF16", gm::Encoding::kBf16)
-      .value("INT8", gm::Encoding::kInt8);
+      .value("INT8", gm::Encoding::kInt8)
+      .value("FP8", gm::Encoding::kFp8);
+  nb::enum_<gm::KvFormat>(m, "KvFormat")
+      .value("F32", gm::KvFormat::kF32)
+      .value("BF16", gm::KvFormat::kBf16)
+      .value("INT4", gm::KvFormat::kInt4);
 
   using Factors = std::tuple<int64_t, int64_t, int64_t>;
   using Term = std::tuple<std::vector<Factors>, int64_t, int64_t, bool>;
@@ -130,7 +137,8 @@ void bind_program(nb::module_& m) {
       .def(
           "add_weight",
           [](gm::Program& p, gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t group,
-             int64_t groups, int offset, bool wide_scales, int64_t values, int64_t scales, int64_t mins) {
+             int64_t groups, int offset, bool wide_scales, int exponent, bool rounded, int64_t values,
+             int64_t scales, int64_t mins) {
             gm::Weight w;
             w.storage = storage;
             w.n = n;
@@ -140,14 +148,19 @@ void bind_program(nb::module_& m) {
             w.groups = groups;
             w.offset = offset;
             w.wide_scales = wide_scales;
+            w.e4m3_scales = exponent >= 0;
+            w.unit = std::ldexp(1.0f, -std::max(exponent, 0));
+            w.rounded = rounded;
             w.values = reinterpret_cast<const void*>(values);
             w.scales = reinterpret_cast<const void*>(scales);
             w.mins = reinterpret_cast<const void*>(mins);
             return p.add_weight(w);
           },
-          "storage"_a, "n"_a, "k"_a, "kp"_a, "group"_a, "groups"_a, "offset"_a, "wide_scales"_a, "values"_a,
-          "scales"_a, "mins"_a,
-          "Registers a packed weight by the addresses of its arrays, which must outlive the program.")
+          "storage"_a, "n"_a, "k"_a, "kp"_a, "group"_a, "groups"_a, "offset"_a, "wide_scales"_a, "exponent"_a,
+          "rounded"_a, "values"_a, "scales"_a, "mins"_a,
+          "Registers a packed weight by the addresses of its arrays, which must outlive the program.\n"
+          "exponent: of the power of two that E4M3 scales go with, -1 for other scales; rounded: products to "
+          "E4M3.")
       .def(
           "add_vector",
           [](gm::Program& p, Array<float> v) {
@@ -219,7 +232,7 @@ void bind_program(nb::module_& m) {
       .def(
           "add_encode",
           [](gm::Program& p, const std::string& name, int64_t in, int64_t out, int phase, int64_t group,
-             std::vector<float> limits, std::vector<int32_t> order) {
+             std::vector<float> limits, std::vector<int32_t> order, bool fp8) {
             gm::Node n;
             n.op = gm::Op::kEncode;
             n.name = name;
@@ -229,15 +242,16 @@ void bind_program(nb::module_& m) {
             n.group = group;
             n.limits = std::move(limits);
             n.order = std::move(order);
+            n.fp8 = fp8;
             p.add_node(std::move(n));
           },
           "name"_a, "in_"_a, "out"_a, "phase"_a, "group"_a = 0, "limits"_a = std::vector<float>{},
-          "order"_a = std::vector<int32_t>{},
+          "order"_a = std::vector<int32_t>{}, "fp8"_a = false,
           "phase: -1 all rows, 0 those of prompts, 1 generated ones. group: of the rounding that an f32 "
           "output\n"
           "gets, 0 for none. limits: the largest code of each group, empty for 127. order: the column of "
           "`in_`\n"
-          "that each one is taken from, empty for its own.")
+          "that each one is taken from, empty for its own. fp8: an f32 output gets the values of E4M3.")
       .def(
           "add_linears",
           [](gm::Program& p, const std::string& name, const std::vector<Term>& terms, int gate) {
@@ -265,7 +279,7 @@ void bind_program(nb::module_& m) {
           "add_attention",
           [](gm::Program& p, const std::string& name, int64_t layer, int64_t q, int64_t k, int64_t v,
              int64_t out, int heads, int kv_heads, int head_dim, float scale, int64_t window, int64_t rope,
-             bool bf16_math) {
+             int64_t key_scale, bool bf16_math) {
             gm::Node n;
             n.op = gm::Op::kAttention;
             n.name = name;
@@ -273,17 +287,18 @@ void bind_program(nb::module_& m) {
             n.in = {q, k, v};
             n.out = {out};
             n.rope = rope;
+            n.key_scale = key_scale;
             n.attention.heads = heads;
             n.attention.kv_heads = kv_heads;
             n.attention.head_dim = head_dim;
             n.attention.scale = scale;
             n.attention.window = window;
-            n.attention.kv_bf16 = p.geometry().element_bytes == 2;
+            n.attention.kv = p.geometry().layers.at(static_cast<size_t>(layer)).format;
             n.attention.bf16_math = bf16_math;
             p.add_node(n);
           },
           "name"_a, "layer"_a, "q"_a, "k"_a, "v"_a, "out"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a,
-          "window"_a, "rope"_a, "bf16_math"_a)
+          "window"_a, "rope"_a, "key_scale"_a, "bf16_math"_a)
       .def(
           "add_select_rows",
           [](gm::Program& p, const std::string& name, int64_t in, int64_t out) {
@@ -297,16 +312,15 @@ void bind_program(nb::module_& m) {
           "name"_a, "in_"_a, "out"_a)
       .def(
           "set_geometry",
-          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int>>& layers, int64_t element_bytes,
+          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int, gm::KvFormat>>& layers,
              int64_t max_step) {
             gm::KvGeometry g;
-            for (const auto& [window, kv_heads, head_dim] : layers)
-              g.layers.push_back({window, kv_heads, head_dim});
-            g.element_bytes = element_bytes;
+            for (const auto& [window, kv_heads, head_dim, format] : layers)
+              g.layers.push_back({window, kv_heads, head_dim, format});
             g.max_step = max_step;
             p.set_geometry(g);
           },
-          "layers"_a, "element_bytes"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim).")
+          "layers"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim, format).")
       .def("set_logits", &gm::Program::set_logits, "buffer"_a)
       .def(
           "allocate",

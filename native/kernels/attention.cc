@@ -6,6 +6,9 @@
 // max(m, m_s), o = o exp(m - m') + o_s exp(m_s - m'), l likewise; out = o / l. A masked key has p = 0
 // exactly, and a tile or span without visible keys changes no bit, so rows may be grouped in any way.
 //
+// Int4 keys and values are multiplied as codes, which bf16 holds exactly: a key's scale multiplies its score,
+// a value's the probability before that is rounded. A row sees its own key and value as they are kept.
+//
 // Sequences of few new tokens ("short": one block of rows) are cut into one item per KV head and span, whose
 // partial results are merged afterwards; each item rotates its queries and writes the new keys and values of
 // its own span, so that no thread waits for another. Longer ones are cut by blocks of rows, which run all
@@ -109,17 +112,82 @@ void rotate(const AttentionArgs& a, const float* x, int64_t position, float* y) 
   for (int64_t i = 2 * half; i < a.head_dim; ++i) y[i] = x[i];
 }
 
-// Writes the key and the value of one new token and head. `last`: nothing follows it in this step.
+void rotate_key(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, float* y) {
+  rotate(a, a.k + (s.row + token) * a.ldk + head * a.head_dim, s.start + token, y);
+  if (a.key_scale == nullptr) return;
+  const float* scale = a.key_scale + head * a.head_dim;
+  for (int64_t d = 0; d < a.head_dim; ++d) y[d] *= scale[d];
+}
+
+void rotate_query(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, float* y) {
+  rotate(a, a.q + (s.row + token) * a.ldq + head * a.head_dim, s.start + token, y);
+  if (a.key_scale == nullptr) return;
+  const float* scale = a.key_scale + head / group_of(a) * a.head_dim;
+  for (int64_t d = 0; d < a.head_dim; ++d) y[d] /= scale[d];
+}
+
+// Codes of one token's vector; scales are `stride` apart. A vector that is not finite gets the scale NaN.
+void encode_int4(const float* x, int64_t n, int8_t* codes, uint16_t* scales, int64_t stride) {
+  for (int64_t begin = 0; begin < n; begin += kKvGroup) {
+    const int64_t end = least(n, begin + kKvGroup);
+    vf top = vf_zero(), strange = vf_zero();
+    for (int64_t d = begin; d < end; d += 16) {
+      top = vf_max(vf_abs(vf_load(x + d)), top);
+      strange = vf_fma(vf_load(x + d), vf_zero(), strange);
+    }
+    const uint16_t stored = float_to_bf16(vf_max_lane(top) / 7.0f + vf_sum(strange));
+    const uint16_t scale = stored == 0 ? 0x3f80 : stored;
+    const vf divisor = vf_set1(bf16_to_float(scale));
+    for (int64_t d = begin; d < end; d += 16) {
+      const vf wide = vf_load(x + d) / divisor;
+      vi_store_i8(codes + d, vf_round(vf_min(vf_max(wide, vf_set1(-8.0f)), vf_set1(7.0f))));
+    }
+    scales[begin / kKvGroup * stride] = scale;
+  }
+}
+
+// One token's codes into the words of a tile of keys, and of a tile of values: there the token before shares
+// words with it, and what follows is cleared.
+void put_key(const int8_t* codes, int64_t hd, int64_t slot, uint32_t* tile) {
+  for (int64_t d = 0; d < hd; d += 8) {
+    uint32_t word = 0;
+    for (int64_t i = 0; i < 8; ++i) {
+      word |= (static_cast<uint32_t>(codes[d + i]) & 15u) << (4 * (i / 2) + 16 * (i % 2));
+    }
+    tile[d / 8 * kBlock + slot] = word;
+  }
+}
+void put_value(const int8_t* codes, int64_t hd, int64_t slot, uint32_t* tile) {
+  uint32_t* words = tile + slot / 8 * hd;
+  const int64_t j = slot % 8 / 2, h = slot % 2;
+  const uint32_t before = (1u << 4 * j) - 1u;
+  const uint32_t keep = before * 0x10001u | (h == 0 ? 0u : 15u << 4 * j);
+  for (int64_t d = 0; d < hd; ++d) {
+    words[d] = (words[d] & keep) | (static_cast<uint32_t>(codes[d]) & 15u) << (4 * j + 16 * h);
+  }
+}
+
+// Writes the key and the value of one new token and head. `last`: nothing follows it in this step. `rotated`
+// has room for 2 * head_dim.
 void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, int64_t head, bool last,
             float* rotated) {
   const int64_t position = s.start + token, hd = a.head_dim, slot = position % kBlock;
   const int64_t at = s.kv.tile_at(position, head);
-  rotate(a, a.k + (s.row + token) * a.ldk + head * hd, position, rotated);
+  rotate_key(a, s, token, head, rotated);
   const float* v = a.v + (s.row + token) * a.ldv + head * hd;
   // The partner that a pair of tokens does not have yet is cleared: it meets p = 0, which must not be 0 *
   // NaN.
   const bool clear = last && slot % 2 == 0;
-  if (a.kv_bf16) {
+  if (a.kv == KvFormat::kInt4) {
+    const int64_t scales = s.kv.scales_at(position, head);
+    auto* codes = reinterpret_cast<int8_t*>(rotated + hd);
+    encode_int4(rotated, hd, codes, reinterpret_cast<uint16_t*>(s.kv.k + scales) + slot, kBlock);
+    put_key(codes, hd, slot, reinterpret_cast<uint32_t*>(s.kv.k + at));
+    auto* v_scale = reinterpret_cast<uint16_t*>(s.kv.v + scales) + slot;
+    encode_int4(v, hd, codes, v_scale, kBlock);
+    put_value(codes, hd, slot, reinterpret_cast<uint32_t*>(s.kv.v + at));
+    for (int64_t g = 0; clear && g < kv_groups(hd); ++g) v_scale[g * kBlock + 1] = 0;
+  } else if (a.kv == KvFormat::kBf16) {
     auto* k_tile = reinterpret_cast<uint16_t*>(s.kv.k + at) + slot * 2;
     auto* v_tile = reinterpret_cast<uint16_t*>(s.kv.v + at) + slot / 2 * hd * 2 + slot % 2;
     for (int64_t d = 0; d < hd; d += 2) {
@@ -139,24 +207,40 @@ void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, i
   }
 }
 
-// The three arithmetics: bf16 pairs as in linear_bf16; bf16 keys widened to f32; f32.
-enum class Math { kBf16, kWide, kF32 };
+// The arithmetics: bf16 pairs as in linear_bf16; bf16 keys widened to f32; f32; and the first two over codes.
+enum class Math { kBf16, kWide, kF32, kCodes, kWideCodes };
+constexpr bool rounds(Math m) { return m == Math::kBf16 || m == Math::kCodes; }
+constexpr bool codes(Math m) { return m == Math::kCodes || m == Math::kWideCodes; }
 
+template <bool kFirst, class A, class B>
+struct Choose {
+  using type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using type = B;
+};
 template <Math kMath>
 struct Types {
-  using Query = float;
-  using Stored = uint16_t;
+  using Query = typename Choose<rounds(kMath), uint16_t, float>::type;
+  using Stored = typename Choose<kMath == Math::kF32, float, uint16_t>::type;
 };
-template <>
-struct Types<Math::kBf16> {
-  using Query = uint16_t;
-  using Stored = uint16_t;
-};
-template <>
-struct Types<Math::kF32> {
-  using Query = float;
-  using Stored = float;
-};
+
+// y += pair * x, two columns, for all rows.
+template <Math kMath, int kRows, int kWide>
+inline void multiply(vf (&y)[kRows][kWide], int b, vh pair, const typename Types<kMath>::Query* x,
+                     int64_t ldx) {
+  if constexpr (rounds(kMath)) {
+    GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) y[r][b] = vf_dot_bf16(y[r][b], pair, x + r * ldx);
+  } else {
+    const vf even = vh_even(pair), odd = vh_odd(pair);
+    GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      y[r][b] = vf_fma(odd, vf_set1(x[r * ldx + 1]), vf_fma(even, vf_set1(x[r * ldx]), y[r][b]));
+    }
+  }
+}
 
 // One step of a chain: two columns of bf16, or one or two of f32, ascending.
 template <Math kMath, int kRows, int kWide>
@@ -164,17 +248,8 @@ inline void step(vf (&y)[kRows][kWide], const typename Types<kMath>::Stored* w, 
                  int64_t next_column, const typename Types<kMath>::Query* x, int64_t ldx) {
   GM_UNROLL(4)
   for (int b = 0; b < kWide; ++b) {
-    if constexpr (kMath == Math::kBf16) {
-      const vh pair = vh_load(w + b * next);
-      GM_UNROLL(12)
-      for (int r = 0; r < kRows; ++r) y[r][b] = vf_dot_bf16(y[r][b], pair, x + r * ldx);
-    } else if constexpr (kMath == Math::kWide) {
-      const vh pair = vh_load(w + b * next);
-      const vf even = vh_even(pair), odd = vh_odd(pair);
-      GM_UNROLL(12)
-      for (int r = 0; r < kRows; ++r) {
-        y[r][b] = vf_fma(odd, vf_set1(x[r * ldx + 1]), vf_fma(even, vf_set1(x[r * ldx]), y[r][b]));
-      }
+    if constexpr (kMath != Math::kF32) {
+      multiply<kMath>(y, b, vh_load(w + b * next), x, ldx);
     } else {
       const vf first = vf_load(w + b * next), second = vf_load(w + b * next + next_column);
       GM_UNROLL(12)
@@ -192,12 +267,16 @@ struct Work {
   using Stored = typename Types<kMath>::Stored;
   const Stored* k[4];  // blocks of the tile
   const Stored* v[4];
+  const uint16_t* k_scale[4];  // int4: [groups][16] of each block
+  const uint16_t* v_scale[4];
   const Stored* k_ahead[4];  // a tile to come, fetched line by line while this one is worked on
   const Stored* v_ahead[4];
   int64_t keys;  // keys to look at, from the tile's first on
   int64_t hd;
+  int64_t group;   // dimensions per scale, hd without scales
   const Query* q;  // [rows][hd]
-  Query* p;        // [rows][64]
+  Query* p;        // [groups][row limit][64]
+  int64_t ldp;     // between groups
   float* s;        // [rows][64]
   float* o;        // [rows][hd]
   float* factor;   // [rows], of o
@@ -207,31 +286,60 @@ struct Work {
 // s = scale * q k for kWide blocks of keys from block b on.
 template <Math kMath, int kRows, int kWide>
 void scores(const Work<kMath>& w, int64_t row, int64_t b) {
-  vf y[kRows][kWide];
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kWide; ++i) y[r][i] = vf_zero();
-  }
   const typename Work<kMath>::Stored *k[kWide], *ahead[kWide];
   for (int i = 0; i < kWide; ++i) {
     k[i] = w.k[b + i];
     ahead[i] = row == 0 ? w.k_ahead[b + i] : k[i];
   }
   const auto* q = w.q + row * w.hd;
-  for (int64_t d = 0; d < w.hd; d += 2) {
-    GM_UNROLL(4)
-    for (int i = 0; i < kWide; ++i) {
-      vf column[kRows][1];
-      GM_UNROLL(12)
-      for (int r = 0; r < kRows; ++r) column[r][0] = y[r][i];
-      if constexpr (kRows <= 4) prefetch_far(ahead[i] + d * 16);
-      step<kMath, kRows, 1>(column, k[i] + d * 16, 0, 16, q + d, w.hd);
-      GM_UNROLL(12)
-      for (int r = 0; r < kRows; ++r) y[r][i] = column[r][0];
-    }
-  }
   const vf scale = vf_set1(w.scale);
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kWide; ++i) vf_store(w.s + (row + r) * kTile + (b + i) * 16, y[r][i] * scale);
+  for (int64_t begin = 0; begin < w.hd; begin += w.group) {
+    vf y[kRows][kWide];
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kWide; ++i) y[r][i] = vf_zero();
+    }
+    const int64_t end = least(begin + w.group, w.hd);
+    if constexpr (codes(kMath)) {
+      for (int64_t d = begin; d < end; d += 8) {
+        vh words[kWide];
+        for (int i = 0; i < kWide; ++i) {
+          words[i] = vh_load(k[i] + d * 4);
+          if constexpr (kRows <= 4) prefetch_far(ahead[i] + d * 4);
+        }
+        GM_UNROLL(4)
+        for (int64_t j = 0; j < 8; j += 2) {
+          GM_UNROLL(4)
+          for (int i = 0; i < kWide; ++i) {
+            multiply<kMath>(y, i, vh_codes(words[i]), q + d + j, w.hd);
+            words[i] = vh_next_codes(words[i]);
+          }
+        }
+      }
+    } else {
+      for (int64_t d = begin; d < end; d += 2) {
+        GM_UNROLL(4)
+        for (int i = 0; i < kWide; ++i) {
+          vf column[kRows][1];
+          GM_UNROLL(12)
+          for (int r = 0; r < kRows; ++r) column[r][0] = y[r][i];
+          if constexpr (kRows <= 4) prefetch_far(ahead[i] + d * 16);
+          step<kMath, kRows, 1>(column, k[i] + d * 16, 0, 16, q + d, w.hd);
+          GM_UNROLL(12)
+          for (int r = 0; r < kRows; ++r) y[r][i] = column[r][0];
+        }
+      }
+    }
+    for (int i = 0; i < kWide; ++i) {
+      for (int r = 0; r < kRows; ++r) {
+        float* s = w.s + (row + r) * kTile + (b + i) * 16;
+        if constexpr (codes(kMath)) {
+          // Groups ascending.
+          const vf key = vf_load_bf16(w.k_scale[b + i] + begin / kKvGroup * kBlock);
+          y[r][i] = begin == 0 ? y[r][i] * key : vf_fma(y[r][i], key, vf_load(s));
+        }
+        vf_store(s, end < w.hd ? y[r][i] : y[r][i] * scale);
+      }
+    }
   }
 }
 
@@ -243,18 +351,38 @@ void values(const Work<kMath>& w, int64_t row, int64_t d) {
     const vf factor = vf_set1(w.factor[row + r]);
     for (int i = 0; i < kWide; ++i) y[r][i] = vf_load(w.o + (row + r) * w.hd + d + 16 * i) * factor;
   }
-  // bf16: a pair of tokens is [hd][2]; f32: two rows of [hd].
-  constexpr int64_t kPair = kMath == Math::kF32 ? 1 : 2;
+  const auto* all = w.p + d / w.group * w.ldp + row * kTile;
   for (int64_t first = 0; first < w.keys; first += kBlock) {
-    const auto* v = w.v[first / kBlock] + d * kPair;
-    const auto* ahead = row == 0 ? w.v_ahead[first / kBlock] + d * kPair : v;
-    const auto* p = w.p + row * kTile + first;
+    const auto *v = w.v[first / kBlock], *ahead = row == 0 ? w.v_ahead[first / kBlock] : v;
+    const auto* p = all + first;
     const int64_t n = least(kBlock, w.keys - first);
-    for (int64_t j = 0; j < n; j += 2) {
-      if constexpr (kRows <= 4) {
-        for (int i = 0; i < kWide; ++i) prefetch_far(ahead + j * w.hd + i * 16 * kPair);
+    if constexpr (codes(kMath)) {
+      for (int64_t octet = 0; octet < n; octet += 8) {
+        vh words[kWide];
+        for (int i = 0; i < kWide; ++i) {
+          const int64_t at = (octet / 8 * w.hd + d + 16 * i) * 2;
+          words[i] = vh_load(v + at);
+          if constexpr (kRows <= 4) prefetch_far(ahead + at);
+        }
+        GM_UNROLL(4)
+        for (int64_t j = octet; j < octet + 8; j += 2) {
+          if (j >= n) break;
+          GM_UNROLL(4)
+          for (int i = 0; i < kWide; ++i) {
+            multiply<kMath>(y, i, vh_codes(words[i]), p + j, kTile);
+            words[i] = vh_next_codes(words[i]);
+          }
+        }
       }
-      step<kMath, kRows, kWide>(y, v + j * w.hd, 16 * kPair, w.hd, p + j, kTile);
+    } else {
+      // bf16: a pair of tokens is [hd][2]; f32: two rows of [hd].
+      constexpr int64_t kPair = kMath == Math::kF32 ? 1 : 2;
+      for (int64_t j = 0; j < n; j += 2) {
+        if constexpr (kRows <= 4) {
+          for (int i = 0; i < kWide; ++i) prefetch_far(ahead + j * w.hd + (d + i * 16) * kPair);
+        }
+        step<kMath, kRows, kWide>(y, v + j * w.hd + d * kPair, 16 * kPair, w.hd, p + j, kTile);
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -312,6 +440,7 @@ inline void store_p(uint16_t* p, vf x) { vf_store_bf16(p, x); }
 inline void store_p(float* p, vf x) { vf_store(p, x); }
 
 int64_t row_limit(const AttentionArgs& a) { return block_tokens(a) * group_of(a); }
+int64_t p_groups(const AttentionArgs& a) { return a.kv == KvFormat::kInt4 ? kv_groups(a.head_dim) : 1; }
 
 // Scratch of one item, rows padded to whole vectors.
 struct Scratch {
@@ -328,9 +457,9 @@ struct Scratch {
       return r;
     };
     q = take(rows * hd);
-    rotated = take(hd);
+    rotated = take(2 * hd);
     s = take(rows * kTile);
-    p = take(rows * kTile);
+    p = take(p_groups(a) * rows * kTile);
     o = take(rows * hd);
     m = take(rows);
     l = take(rows);
@@ -341,7 +470,7 @@ struct Scratch {
   }
   static int64_t bytes(const AttentionArgs& a) {
     const int64_t rows = (row_limit(a) + 15) / 16 * 16;
-    return 4 * (rows * (3 * a.head_dim + 2 * kTile + 5) + a.head_dim + 12 * 16) + 64;
+    return 4 * (rows * (3 * a.head_dim + (1 + p_groups(a)) * kTile + 5) + 2 * a.head_dim + 12 * 16) + 64;
   }
 };
 
@@ -391,12 +520,12 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
   auto* q = static_cast<Query*>(x.q);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = item.token + r / group;
-    const float* from = a.q + (s.row + token) * a.ldq + (item.kv_head * group + r % group) * hd;
-    if constexpr (kMath == Math::kBf16) {
-      rotate(a, from, s.start + token, x.rotated);
+    const int64_t head = item.kv_head * group + r % group;
+    if constexpr (rounds(kMath)) {
+      rotate_query(a, s, token, head, x.rotated);
       for (int64_t d = 0; d < hd; d += 16) vf_store_bf16(q + r * hd + d, vf_load(x.rotated + d));
     } else {
-      rotate(a, from, s.start + token, q + r * hd);
+      rotate_query(a, s, token, head, q + r * hd);
     }
   }
   if (item.partial >= 0) {
@@ -408,7 +537,9 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
   Work<kMath> w;
   w.hd = hd;
   w.q = q;
+  w.group = codes(kMath) ? kKvGroup : hd;
   w.p = static_cast<Query*>(x.p);
+  w.ldp = (row_limit(a) + 15) / 16 * 16 * kTile;
   w.s = x.s;
   w.o = x.o;
   w.factor = x.factor;
@@ -430,6 +561,9 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
         const int64_t at = s.kv.tile_at(tile + b * kBlock, item.kv_head);
         w.k[b] = reinterpret_cast<const Stored*>(s.kv.k + at);
         w.v[b] = reinterpret_cast<const Stored*>(s.kv.v + at);
+        const int64_t scales = s.kv.scales_at(tile + b * kBlock, item.kv_head);
+        w.k_scale[b] = reinterpret_cast<const uint16_t*>(s.kv.k + scales);
+        w.v_scale[b] = reinterpret_cast<const uint16_t*>(s.kv.v + scales);
       }
       point_ahead(a, item, next, (tile - from) / kTile, tiles, w);
       in_tiles<kMath, ScoreTile>(w, rows);
@@ -452,7 +586,14 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
         vf e[4];
         for (int i = 0; i < 4; ++i) {
           e[i] = vf_exp(vf_load(x.s + r * kTile + 16 * i) - m);
-          store_p(w.p + r * kTile + 16 * i, e[i]);
+          Query* p = w.p + r * kTile + 16 * i;
+          if constexpr (codes(kMath)) {
+            for (int64_t g = 0; 16 * i < w.keys && g < kv_groups(hd); ++g) {
+              store_p(p + g * w.ldp, e[i] * vf_load_bf16(w.v_scale[i] + g * kBlock));
+            }
+          } else {
+            store_p(p, e[i]);
+          }
         }
         x.l[r] = x.l[r] * x.factor[r] + vf_sum((e[0] + e[1]) + (e[2] + e[3]));
       }
@@ -505,7 +646,12 @@ void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_en
   for (int64_t i = 0; i < a.sequence_count; ++i) {
     const AttentionSequence& s = a.sequences[i];
     if (is_short(a, s)) continue;
-    for (int64_t t = most(0, row_begin - s.row); t < least(s.rows, row_end - s.row); ++t) {
+    // Tokens of one tile share words: a tile belongs to the range that its first new token is in.
+    auto cut = [&s](int64_t row) {
+      const int64_t t = row - s.row;
+      return t <= 0 ? 0 : least(s.rows, (s.start + t + kBlock - 1) / kBlock * kBlock - s.start);
+    };
+    for (int64_t t = cut(row_begin); t < cut(row_end); ++t) {
       for (int64_t h = 0; h < a.kv_heads; ++h)
         append(a, s, t, h, t + 1 == s.rows, static_cast<float*>(scratch));
     }
@@ -535,9 +681,10 @@ int64_t attention_partial_floats(const AttentionArgs& a) {
 }
 
 void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch) {
-  const auto run = !a.kv_bf16    ? run_item<Math::kF32>
-                   : a.bf16_math ? run_item<Math::kBf16>
-                                 : run_item<Math::kWide>;
+  const bool plain = a.kv == KvFormat::kBf16;
+  const auto run = a.kv == KvFormat::kF32 ? run_item<Math::kF32>
+                   : a.bf16_math          ? (plain ? run_item<Math::kBf16> : run_item<Math::kCodes>)
+                                          : (plain ? run_item<Math::kWide> : run_item<Math::kWideCodes>);
   Item item{};
   bool first = true;
   each_item(a, item_begin, item_end, [&](const Item& next) {

@@ -63,6 +63,21 @@ __attribute__((always_inline)) inline void each_vector(const uint8_t* piece, Fn 
   }(std::make_integer_sequence<int, Codes::kColumns / 4>());
 }
 
+// The scales, or minimums, of 16 rows: those from number `at` on.
+inline vf load_scales(const Weight& w, const void* base, int64_t at) {
+  if (w.e4m3_scales) {
+    const vf scale = vf_load_e4m3(static_cast<const uint8_t*>(base) + at);
+    return w.rounded ? scale : scale * vf_set1(w.unit);
+  }
+  return w.wide_scales ? vf_load(static_cast<const float*>(base) + at)
+                       : vf_load_f16(static_cast<const uint16_t*>(base) + at);
+}
+// The values, less the minimums, of codes less the offset.
+inline vf scaled(const Weight& w, vf scale, vi codes) {
+  const vf value = scale * vi_float(codes);
+  return w.rounded ? vf_round_e4m3(value) * vf_set1(w.unit) : value;
+}
+
 // fn(Codes()) with the codes of an integer storage.
 template <class Fn>
 auto with_codes(Storage storage, Fn fn) {

@@ -57,6 +57,33 @@ void encode_int8(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t g
   }
 }
 
+void encode_fp8(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, const int32_t* order,
+                uint16_t* out, float* scale, float* gathered) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = x + r * ldx;
+    if (order != nullptr) {
+      for (int64_t c = 0; c < k; ++c) gathered[c] = row[order[c]];
+      row = gathered;
+    }
+    const auto load = [&](int64_t i) {
+      return k - i < 16 ? vf_load_n(row + i, static_cast<int>(k - i)) : vf_load(row + i);
+    };
+    vf largest = vf_zero();
+    for (int64_t i = 0; i < k; i += 16) largest = vf_max(vf_abs(load(i)), largest);
+    const float top = vf_max_lane(largest);
+    const bool some = top > 1e-30f;
+    scale[r] = some ? top / 448.0f : 1.0f;
+    const vf factor = vf_set1(some ? 448.0f / top : 0.0f);
+    uint16_t* to = out + r * kp;
+    for (int64_t i = 0; i < k; i += 16) {
+      uint16_t values[16];
+      vf_store_bf16(values, vf_round_e4m3(load(i) * factor));
+      memcpy(to + i, values, static_cast<size_t>(k - i < 16 ? k - i : 16) * 2);
+    }
+    memset(to + k, 0, static_cast<size_t>(kp - k) * 2);
+  }
+}
+
 void encode_bf16(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * ldx;

@@ -7,6 +7,8 @@ namespace gm::GM_LEVEL {
 
 void encode_int8(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp,
                  const Rounding& rounding, int8_t* q, float* scale, int32_t* sum, float* gathered);
+void encode_fp8(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, const int32_t* order,
+                uint16_t* out, float* scale, float* gathered);
 void encode_bf16(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out);
 
 void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,

@@ -203,7 +203,9 @@ void finish(const float* y, int64_t first, int64_t rows, int64_t block, int64_t 
   const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + block * 16, lanes);
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out.out + (first + r) * out.ld + block * 16;
-    vf value = vf_load(y + r * 16) + bias;
+    vf value = vf_load(y + r * 16);
+    if (out.row_scale != nullptr) value = value * vf_set1(out.row_scale[first + r]);
+    value = value + bias;
     if (out.accumulate) value = vf_load_n(to, lanes) + value;
     vf_store_n(to, value, lanes);
   }
@@ -299,15 +301,13 @@ inline __m512i bf16_pair(vf even, vf odd) {
 template <class Codes, bool kMins>
 void integers_to_bf16(const Weight& w, int64_t block, uint16_t* strip) {
   const uint8_t* piece = w.codes(block);
-  const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
-  const char* scales = static_cast<const char*>(w.scales) + block * scale_bytes;
-  const char* mins = kMins ? static_cast<const char*>(w.mins) + block * scale_bytes : nullptr;
   const vi mask = vi_set1(255), offset = vi_set1(-w.offset);
   for (int64_t g = 0; g < w.groups; ++g) {
-    const vf scale = load_scale(scales, g, w.wide_scales);
-    const vf low = kMins ? load_scale(mins, g, w.wide_scales) : vf_zero();
+    const int64_t at = (block * w.groups + g) * 16;
+    const vf scale = load_scales(w, w.scales, at);
+    const vf low = kMins ? load_scales(w, w.mins, at) : vf_zero();
     const auto value = [&](vi bits) {
-      const vf x = scale * vi_float((bits & mask) + offset);
+      const vf x = scaled(w, scale, (bits & mask) + offset);
       return kMins ? x + low : x;
     };
     for (int64_t c = 0; c < columns_of(w, g); c += Codes::kColumns, piece += Codes::kBytes) {

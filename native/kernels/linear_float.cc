@@ -18,11 +18,7 @@ struct Decoder {
   const Weight& w;
   int64_t block;
 
-  vf scale_at(const void* base, int64_t g) const {
-    const int64_t at = (block * w.groups + g) * 16;
-    return w.wide_scales ? vf_load(static_cast<const float*>(base) + at)
-                         : vf_load_f16(static_cast<const uint16_t*>(base) + at);
-  }
+  vf scale_at(const void* base, int64_t g) const { return load_scales(w, base, (block * w.groups + g) * 16); }
 
   // Integer storage: scale * (code - offset) + min, in that order of rounding.
   template <class Codes, class Emit>
@@ -42,7 +38,7 @@ struct Decoder {
       each_vector<Codes>(piece, [&](vb codes, int64_t at) {
         const vi lanes = vb_lanes(codes);
         const auto column = [&](vi bits, int64_t i) {
-          vf value = scale * vi_float((bits & mask) + offset);
+          vf value = scaled(w, scale, (bits & mask) + offset);
           if (w.mins != nullptr) value = value + low;
           emit(c + at + i, value);
         };
@@ -169,21 +165,24 @@ struct Bf16Tile {
 
 template <class Codes>
 void decode_codes(const Weight& w, int64_t block, int64_t lane, float* out) {
-  const auto number = [&w](const void* base, int64_t at) {
-    return w.wide_scales ? static_cast<const float*>(base)[at]
-                         : half_to_float(static_cast<const uint16_t*>(base)[at]);
+  const auto number = [&w, lane](const void* base, int64_t at) {
+    float numbers[16];
+    vf_store(numbers, load_scales(w, base, at));
+    return numbers[lane];
   };
   const uint8_t* piece = w.codes(block);
   for (int64_t k = 0; k < w.k; k += Codes::kColumns, piece += Codes::kBytes) {
-    const int64_t at = (block * w.groups + k / w.group) * 16 + lane;
+    const int64_t at = (block * w.groups + k / w.group) * 16;
     const float scale = number(w.scales, at);
+    const float low = w.mins == nullptr ? 0.0f : number(w.mins, at);
     each_vector<Codes>(piece, [&](vb codes, int64_t c) {
       int32_t lanes[16];
       vi_store(lanes, vb_lanes(codes));
       for (int64_t i = k + c; i < k + c + 4 && i < w.k; ++i) {
         const int32_t code = lanes[lane] >> (i - k - c) * 8 & 255;
-        out[i] = scale * static_cast<float>(code - w.offset);
-        if (w.mins != nullptr) out[i] += number(w.mins, at);
+        float value[16];
+        vf_store(value, scaled(w, vf_set1(scale), vi_set1(code - w.offset)));
+        out[i] = w.mins == nullptr ? value[0] : value[0] + low;
       }
     });
   }
@@ -194,7 +193,9 @@ void finish(const float* acc, int64_t rows, int64_t block, int64_t n, const Line
   const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + block * 16, lanes);
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out.out + r * out.ld + block * 16;
-    vf value = vf_load(acc + r * 16) + bias;
+    vf value = vf_load(acc + r * 16);
+    if (out.row_scale != nullptr) value = value * vf_set1(out.row_scale[r]);
+    value = value + bias;
     if (out.accumulate) value = vf_load_n(to, lanes) + value;
     vf_store_n(to, value, lanes);
   }

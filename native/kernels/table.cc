@@ -14,6 +14,7 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
       .level = GM_STRING(GM_LEVEL),
       .prompts_in_bf16 = false,
       .encode_int8 = encode_int8,
+      .encode_fp8 = encode_fp8,
       .encode_bf16 = encode_bf16,
       .linear_int8 = linear_int8,
       .linear_bf16 = linear_bf16,

@@ -72,7 +72,9 @@ KvSegment KvView::segment(int64_t layer) const {
   s.k = keys_.data() + r.offset + layer_offset_[i];
   s.v = values_.data() + r.offset + layer_offset_[i];
   s.span_bytes = r.span_bytes;
-  s.tile_bytes = geometry_.tile_bytes(geometry_.layers[i]);
+  s.head_bytes = KvGeometry::head_bytes(geometry_.layers[i]);
+  s.tile_bytes = KvGeometry::tile_bytes(geometry_.layers[i]);
+  s.scale_bytes = KvGeometry::scale_bytes(geometry_.layers[i]);
   s.ring = r.ring;
   return s;
 }

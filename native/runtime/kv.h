@@ -15,18 +15,25 @@ struct KvLayer {
   int64_t window = 0;
   int32_t kv_heads = 0;
   int32_t head_dim = 0;
+  KvFormat format = KvFormat::kBf16;
 };
 
 struct KvGeometry {
   std::vector<KvLayer> layers;
-  int64_t element_bytes = 2;  // bf16, or 4 for f32
-  int64_t max_step = 512;     // most tokens of one sequence in one step, for the rings of windowed layers
+  int64_t max_step = 512;  // most tokens of one sequence in one step, for the rings of windowed layers
 
-  int64_t tile_bytes(const KvLayer& l) const { return kTileTokens * l.head_dim * element_bytes; }
-  // Of one span.
-  int64_t layer_bytes(const KvLayer& l) const {
-    return kSpanTokens / kTileTokens * l.kv_heads * tile_bytes(l);
+  static int64_t tile_bytes(const KvLayer& l) {
+    const int64_t bits = l.format == KvFormat::kF32 ? 32 : l.format == KvFormat::kBf16 ? 16 : 4;
+    return kTileTokens * l.head_dim * bits / 8;
   }
+  static int64_t scale_bytes(const KvLayer& l) {
+    return l.format == KvFormat::kInt4 ? kv_groups(l.head_dim) * kTileTokens * 2 : 0;
+  }
+  // Of one span, keys or values.
+  static int64_t head_bytes(const KvLayer& l) {
+    return kSpanTokens / kTileTokens * (tile_bytes(l) + scale_bytes(l));
+  }
+  static int64_t layer_bytes(const KvLayer& l) { return l.kv_heads * head_bytes(l); }
   // Spans that the ring of a window needs, 0 for a global layer.
   int64_t ring_spans(int64_t window) const {
     return window == 0 ? 0 : (window + max_step + kSpanTokens - 1) / kSpanTokens + 1;

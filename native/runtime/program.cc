@@ -28,6 +28,13 @@ Rounding rounding_of(const Node& node) {
           node.order.empty() ? nullptr : node.order.data()};
 }
 
+float float_of_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -55,7 +62,7 @@ int64_t Program::add_buffer(const BufferSpec& spec) {
   if (b.spec.padded < b.spec.width) b.spec.padded = b.spec.width;
   // Rows a large power of two apart would all meet in the same few lines of a cache; a line more spreads
   // them.
-  const int64_t element = spec.encoding == Encoding::kF32 ? 4 : spec.encoding == Encoding::kBf16 ? 2 : 1;
+  const int64_t element = element_bytes(spec.encoding);
   if (b.spec.padded * element % 1024 == 0) b.spec.padded += 64 / element;
   buffers_.push_back(b);
   reserved_tokens_ = reserved_logits_ = 0;
@@ -96,6 +103,8 @@ void Program::add_node(Node node) {
               (p.prompt_input < 0 || known(p.prompt_input));
       // The blocks of a term are cut once for all of its products.
       good = good && weight_of(p).n == weight_of(t.products[0]).n;
+      good = good && !(weight_of(p).e4m3_scales &&
+                       buffers_[static_cast<size_t>(p.input)].spec.encoding == Encoding::kInt8);
     }
   }
   if (good && node.op == Op::kEncode) {
@@ -105,7 +114,8 @@ void Program::add_node(Node node) {
     const auto groups = static_cast<size_t>(group > 0 ? (to.width + group - 1) / group : 0);
     good = (node.limits.empty() || node.limits.size() == groups) &&
            (node.order.empty() || node.order.size() == static_cast<size_t>(to.width)) &&
-           (to.encoding != Encoding::kF32 || group > 0 || !node.order.empty()) && from.width == to.width;
+           (to.encoding != Encoding::kF32 || group > 0 || node.fp8 || !node.order.empty()) &&
+           from.width == to.width;
     for (const float limit : node.limits) good = good && limit >= 1 && limit <= 127;
     for (const int32_t c : node.order) good = good && c >= 0 && c < from.width;
     if (!good) throw std::invalid_argument("node '" + node.name + "' rounds what it cannot");
@@ -180,14 +190,8 @@ void Program::reserve(int64_t tokens, int64_t logits) {
     const int64_t rows = b.spec.rows == Rows::kTokens ? reserved_tokens_ : reserved_logits_;
     const int64_t groups = b.spec.group > 0 ? (b.spec.width + b.spec.group - 1) / b.spec.group : 0;
     auto bytes_of = [&](int64_t n) -> int64_t {
-      switch (b.spec.encoding) {
-        case Encoding::kF32:
-          return align64(n * b.spec.padded * 4);
-        case Encoding::kBf16:
-          return align64(n * b.spec.padded * 2);
-        default:
-          return align64(n * b.spec.padded) + 2 * align64(n * groups * 4);
-      }
+      const int64_t scales = b.spec.encoding == Encoding::kFp8 ? align64(n * 4) : 2 * align64(n * groups * 4);
+      return align64(n * b.spec.padded * element_bytes(b.spec.encoding)) + scales;
     };
     const int64_t few =
         std::min(rows, std::max<int64_t>(1, kPrivateValues / std::max<int64_t>(1, b.spec.padded)));
@@ -231,7 +235,7 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
         pool_->threads() > 1 && b.spec.private_copies && rows_of(b) * b.spec.padded <= kPrivateValues;
     const int64_t groups = b.spec.group > 0 ? (b.spec.width + b.spec.group - 1) / b.spec.group : 0;
     const int64_t rows = rows_of(b);
-    b.scale_at = align64(rows * b.spec.padded);
+    b.scale_at = align64(rows * b.spec.padded * element_bytes(b.spec.encoding));
     b.sum_at = b.scale_at + align64(rows * groups * 4);
   }
   // A long sequence's results are written by the thread that has the item; only merged ones can be private.
@@ -452,6 +456,12 @@ void Program::run_encode(const Node& node, int thread) {
       kernels_->encode_bf16(x, ldx, count, to.spec.width, to.spec.padded, out);
       continue;
     }
+    if (to.spec.encoding == Encoding::kFp8) {
+      auto* out = reinterpret_cast<uint16_t*>(at(to, thread)) + begin * to.spec.padded;
+      kernels_->encode_fp8(x, ldx, count, to.spec.width, to.spec.padded, rounding.order, out,
+                           row_scales(to, thread) + begin, gathered);
+      continue;
+    }
     if (to.spec.encoding == Encoding::kF32) {
       round_rows(node, x, ldx, count, f32(node.out[0], thread) + begin * to.spec.padded, thread);
       continue;
@@ -470,6 +480,16 @@ void Program::round_rows(const Node& node, const float* x, int64_t ldx, int64_t 
   const BufferSpec& to = buffers_[static_cast<size_t>(node.out[0])].spec;
   const int64_t width = to.width;
   const Rounding rounding = rounding_of(node);
+  if (node.fp8) {
+    auto* gathered = reinterpret_cast<float*>(scratch_.data() + thread * scratch_bytes_);
+    auto* values = reinterpret_cast<uint16_t*>(gathered + width);
+    for (int64_t r = 0; r < rows; ++r) {
+      float scale;
+      kernels_->encode_fp8(x + r * ldx, ldx, 1, width, width, rounding.order, values, &scale, gathered);
+      for (int64_t c = 0; c < width; ++c) out[r * to.padded + c] = scale * float_of_bf16(values[c]);
+    }
+    return;
+  }
   if (node.group == 0) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < width; ++c) out[r * to.padded + c] = x[r * ldx + rounding.order[c]];
@@ -569,6 +589,9 @@ void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block
           kernels_->linear_int8(w, x, count, block_begin, block_end, out, scratch);
           break;
         }
+        case Encoding::kFp8:
+          out.row_scale = row_scales(from, thread) + begin;
+          [[fallthrough]];
         case Encoding::kBf16:
           kernels_->linear_bf16(w, reinterpret_cast<const uint16_t*>(at(from, thread)) + begin * ldx, ldx,
                                 count, block_begin, block_end, out, scratch);
@@ -580,6 +603,7 @@ void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block
       }
       out.bias = nullptr;
       out.accumulate = true;
+      out.row_scale = nullptr;
     }
   }
 }
@@ -603,6 +627,7 @@ void Program::run_attention(const Node& node, int thread) {
     a.sin = r.sin.data();
     a.rope_dim = 2 * r.half;
   }
+  if (node.key_scale >= 0) a.key_scale = vectors_[static_cast<size_t>(node.key_scale)].data();
   a.sequences = sequences_.data() + static_cast<size_t>(node.layer) * count;
   a.sequence_count = static_cast<int64_t>(count);
   a.partials = reinterpret_cast<float*>(partials_.data());

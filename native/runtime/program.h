@@ -15,7 +15,11 @@
 namespace gm {
 
 enum class Rows : int32_t { kTokens = 0, kLogits = 1 };
-enum class Encoding : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2 };
+enum class Encoding : int32_t { kF32 = 0, kBf16 = 1, kInt8 = 2, kFp8 = 3 };
+
+// Bytes of a value. kFp8 rows are E4M3 values kept as bf16, which every kernel of bf16 multiplies, and a
+// scale.
+constexpr int64_t element_bytes(Encoding e) { return e == Encoding::kF32 ? 4 : e == Encoding::kInt8 ? 1 : 2; }
 
 // A matrix with one row per token or per wanted logit row.
 struct BufferSpec {
@@ -41,7 +45,7 @@ enum class Op : int32_t {
 // A packed weight of a kLinears node and what it is multiplied with.
 struct Product {
   int64_t weight = 0;         // index of the weight
-  int64_t input = 0;          // buffer: f32, bf16 or int8; its encoding names the arithmetic
+  int64_t input = 0;          // buffer: f32, bf16, int8 or fp8; its encoding names the arithmetic
   int64_t prompt_input = -1;  // buffer that rows of prompts take instead of `input`, or -1
 };
 
@@ -70,12 +74,14 @@ struct Node {
   int64_t layer = 0;          // kAttention
   AttentionArgs attention;    // kAttention: constants only
   int64_t rope = -1;          // kAttention: index of the rope table
+  int64_t key_scale = -1;     // kAttention: index of a vector, or -1
   Phase phase = Phase::kAll;  // kEncode
   // kEncode: the codes' largest absolute value per group (empty: 127), and the column that each one is taken
   // from (empty: its own). An f32 output gets the rounded values; where `group` is 0, the columns alone.
   std::vector<float> limits;
   std::vector<int32_t> order;
   int64_t group = 0;
+  bool fp8 = false;  // kEncode: an f32 output gets the values of E4M3
 };
 
 struct StepInput {
@@ -128,7 +134,7 @@ class Program {
     char* data = nullptr;    // copy 0
     int64_t copy_bytes = 0;  // distance between copies
     int64_t row_bytes = 0;
-    int64_t scale_at = 0, sum_at = 0;  // int8: offsets of scales and sums within a copy
+    int64_t scale_at = 0, sum_at = 0;  // int8 and fp8: offsets of scales and sums within a copy
     bool replicated = false;           // in the step being run
   };
 
@@ -149,6 +155,9 @@ class Program {
     return reinterpret_cast<float*>(at(buffers_[static_cast<size_t>(buffer)], thread));
   }
   Int8Rows int8(const Buffer& b, int thread) const;
+  float* row_scales(const Buffer& b, int thread) const {
+    return reinterpret_cast<float*>(at(b, thread) + b.scale_at);
+  }
   void run_thread(int thread);
   void run_node(const Node& node, int thread);
   void run_encode(const Node& node, int thread);

@@ -34,7 +34,7 @@ def load(
     *,
     weights: str = "stored",
     activations: str | None = None,
-    kv_dtype: str = "bf16",
+    kv_dtype: str | None = None,
     threads: int | None = None,
     context: int | None = None,
     progress: Progress | None = None,
@@ -43,10 +43,11 @@ def load(
 
     model: a GGUF file, a Hugging Face or checkpoint directory, a hub name, or the short name `smollm2`.
     weights: `stored`, `f32`, `bf16`, `int8` or `int4`. activations: `exact`, `bf16`, `fast`; None: `fast` for
-    integer weights, as stored for float ones. kv_dtype: `bf16` or `f32`. threads: None for all this process
-    may use. context: most tokens of a sequence, prompt included; None: what the model was made for, or less
-    if memory is short. progress(label, done, total) is called now and then. Raises UsageError for wrong
-    options, ModelError for a model that cannot be read, GristmillError if it does not fit the memory.
+    integer weights, as stored for float ones. kv_dtype: `f32`, `bf16` or `int4`; None: what the
+    model says, else `bf16`. threads: None for all this process may use. context: most tokens of a sequence,
+    prompt included; None: what the model was made for, or less if memory is short. progress(label, done,
+    total) is called now and then. Raises UsageError for wrong options, ModelError for a model that cannot be
+    read, GristmillError if it does not fit the memory.
     """
     from gristmill.backends.native import NativeExecutor
     from gristmill.io.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ __all__ = ["app", "main"]
 
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 ACTIVATIONS = ("exact", "bf16", "fast")
-KV_DTYPES = ("bf16", "f32")
+KV_DTYPES = ("f32", "bf16", "int4")
 EXPORTS = ("compressed-tensors", "bf16", "f16", "f32")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -97,10 +97,8 @@ mode_options = _options(
     click.option(
         "--kv-dtype",
         type=click.Choice(KV_DTYPES),
-        default="bf16",
-        show_default=True,
         envvar="GRISTMILL_KV_DTYPE",
-        help="Numbers in the KV cache.",
+        help="Keys and values in the KV cache. [default: as the model says, else bf16]",
     ),
     threads_option,
 )
@@ -391,9 +389,7 @@ def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--kv-dtype",
     type=click.Choice(KV_DTYPES),
-    default="bf16",
-    show_default=True,
-    help="With --program: numbers in the KV cache.",
+    help="With --program: keys and values in the KV cache. [default: as the model says, else bf16]",
 )
 @as_json
 def inspect(
@@ -405,7 +401,7 @@ def inspect(
     layers: bool,
     decode: tuple[tuple[int, int], ...] | None,
     prefill: int | None,
-    kv_dtype: str,
+    kv_dtype: str | None,
     as_json: bool,
 ) -> None:
     """Show what MODEL is, or its program.

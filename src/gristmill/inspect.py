@@ -40,7 +40,7 @@ def run(model: str | Path, *, weights: str | None = None, progress: Progress | N
 
     Returns model, kind (gguf, hf, checkpoint), name, files, architecture, supported (and reason, if not),
     config (sizes; None if not supported), parameters, weight_bytes, bits_per_weight (over the matrices),
-    formats (totals per tensor format), kv_bytes_per_token (bf16 and f32, of a token that all layers keep),
+    formats (totals per tensor format), kv_bytes_per_token (by KV format, of a token that all layers keep),
     tokenizer, tensors. A model of an unknown architecture is described as far as its headers go.
 
     Raises ModelError for what is not a model, or is damaged.
@@ -76,7 +76,7 @@ def program(
     model: str | Path,
     *,
     weights: str = "stored",
-    kv_dtype: str = "bf16",
+    kv_dtype: str | None = None,
     prefill: int | None = None,
     decode: tuple[int, int] = (1, 512),
     collapse: bool = True,
@@ -87,35 +87,35 @@ def program(
     The step is one token for each of a batch of sequences, decode = (batch, context), or, if `prefill` is
     given, a prompt of that many tokens. Weights count as stored in the mode `weights`, which is converted
     if it is not in the cache yet. With `collapse`, layers that differ in their number alone are one row.
+    kv_dtype None: as the program says, else bf16.
 
     Returns model, weights, kv_dtype, step, digest (of the program's text), columns (of the batch, that it
     reads), nodes (in order), total, parameters, stored_bytes (of all weights, each once) and
     state_bytes_per_token; bytes are those of weights and KV.
     """
     from gristmill.io.checkpoint import Checkpoint
-    from gristmill.io.memory import KV_BYTES
     from gristmill.program.costs import Work
+    from gristmill.program.kv import kv_formats
     from gristmill.program.render import render
 
-    if kv_dtype not in KV_BYTES:
-        raise UsageError(f"kv_dtype must be one of {', '.join(KV_BYTES)}, not {kv_dtype!r}")
     batch, context = decode
     if batch < 1 or context < 0 or (prefill is not None and prefill < 1):
         raise UsageError("a step needs at least one sequence or one prompt token")
     work = Work.decode(batch, context) if prefill is None else Work.prefill(prefill)
     checkpoint = Checkpoint.open(_converted(model, weights, progress))
+    step_program = checkpoint.program()
     rendered = render(
-        checkpoint.program(),
+        step_program,
         work,
         weight_bytes=lambda name: sum(extent.nbytes for extent in checkpoint.extents(name).values()),
         formats={name: _format(spec.to_json()) for name, spec in checkpoint.specs.items()},
-        kv_element_bytes=KV_BYTES[kv_dtype],
+        kv_dtype=kv_dtype,
         collapse=collapse,
     )
     return {
         "model": str(model),
         "weights": weights,
-        "kv_dtype": kv_dtype,
+        "kv_dtype": "+".join(sorted(set(kv_formats(step_program, kv_dtype).values()))),
         "step": _step(work, prefill),
         "digest": rendered.digest,
         "columns": list(rendered.columns),
@@ -290,7 +290,9 @@ def _format(spec: Mapping[str, Any]) -> str:
     """The format of a packed matrix in a few words: `int4, group 32, min`."""
     if "bits" not in spec:
         return str(spec["format"])
-    return f"int{spec['bits']}, group {spec['group']}" + (", min" if spec.get("mins") else "")
+    kind = f"int{spec['bits']}" if spec["format"] == "group_int" else spec["format"]
+    scales = ", e4m3 scales" if spec.get("scales") == "e4m3" else ", min" if spec.get("mins") else ""
+    return f"{kind}, group {spec['group']}{scales}"
 
 
 def _tokenizer(directory: Path) -> dict[str, Any] | None:
@@ -383,10 +385,10 @@ def _formats(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 
 def _kv_bytes(config: ModelConfig) -> dict[str, int]:
-    from gristmill.io.memory import KV_BYTES
+    from gristmill.program.kv import KV_FORMATS, kv_bytes
 
-    elements = 2 * config.kv_heads * config.head_dim * config.layers
-    return {name: elements * size for name, size in KV_BYTES.items()}
+    shape = (2, config.kv_heads, config.head_dim)
+    return {name: int(config.layers * kv_bytes([shape], name)) for name in KV_FORMATS}
 
 
 def _text(value: object) -> str | None:

@@ -22,7 +22,8 @@ MODES = [
     for weights in ("stored", "f32", "bf16", "int8", "int4")
     for activations in ("exact", "bf16", "fast")
     for kv in ("f32", "bf16")
-]
+] + [("mixed", activations, "bf16") for activations in ("exact", "bf16", "fast")]
+MODES += [("stored", "fast", "int4"), ("f32", "exact", "int4")]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         result[weights] = root / weights
         result[weights].mkdir()
         convert._requantise(result["stored"], result[weights], weights, None)
+    result["mixed"] = root / "mixed"
+    files.write_mixed(result["stored"], result["mixed"])
     return result
 
 
@@ -65,7 +68,11 @@ TILES = ["amx_emulated"] if "avx512bf16" in LEVELS else []
 @pytest.mark.parametrize("level", [*LEVELS, *TILES])
 @pytest.mark.parametrize(
     ("weights", "activations", "kv"),
-    [("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")],
+    [
+        *(("stored", "fast", "bf16"), ("int4", "fast", "bf16"), ("f32", "exact", "f32")),
+        *(("mixed", "fast", "bf16"), ("mixed", "exact", "f32")),
+        *(("f32", "fast", "int4"), ("f32", "exact", "int4")),
+    ],
 )
 def test_native_levels(
     checkpoints: dict[str, Path], weights: str, activations: str, kv: str, level: str

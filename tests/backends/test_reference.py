@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,15 @@ import torch
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
 from gristmill.errors import Cancelled, ModelError, UsageError
+from gristmill.formats import dense
 from gristmill.formats.packed import decode
 from gristmill.io import convert
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.models import build_program
 from gristmill.program.batch import CancelFlag
+from gristmill.program.checker import check
+from gristmill.program.kv import KV_FORMATS
+from gristmill.program.nodes import Program, Weight
 from gristmill.program.passes import lower, select_early
 from gristmill.program.render import LOWERING
 from tests.kits import files, models
@@ -136,7 +142,7 @@ def test_gradients_match_differences() -> None:
     assert float(weight.grad[at]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["stored", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["stored", "bf16", "int8", "int4", "mixed"])
 def test_packed_weights_are_decoded_exactly(tmp_path: Path, weights: str) -> None:
     of = files.config("llama")
     tensors = files.weights(of)
@@ -150,7 +156,9 @@ def test_packed_weights_are_decoded_exactly(tmp_path: Path, weights: str) -> Non
     (tmp_path / "stored").mkdir()
     convert.import_gguf(files.write_gguf(tmp_path / "x.gguf", of, tensors, kinds), tmp_path / "stored")
     path = tmp_path / weights
-    if weights != "stored":
+    if weights == "mixed":
+        files.write_mixed(tmp_path / "stored", path)
+    elif weights != "stored":
         path.mkdir()
         convert._requantise(tmp_path / "stored", path, weights, None)
     checkpoint = Checkpoint.open(path)
@@ -162,6 +170,52 @@ def test_packed_weights_are_decoded_exactly(tmp_path: Path, weights: str) -> Non
     found = models.logits(native, ids, [20, *[1] * 10], 20)
     native.close()
     assert models.relative_error(found, models.logits(reference, ids, [30])) < 1e-5
+
+
+@pytest.mark.parametrize("kv_dtype", KV_FORMATS)
+@pytest.mark.parametrize("name", ["llama-smollm2", "gemma3-linear"])
+def test_kv_formats_round_as_the_native_ones(tmp_path: Path, name: str, kv_dtype: str) -> None:
+    source, _ = models.save(tmp_path / "hf", models.configs()[name])
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    convert.import_huggingface(source, path)
+    ids = models.tokens(150, 272)
+    with closing(NativeExecutor.load(path, activations="exact", kv_dtype=kv_dtype, threads=2)) as native:
+        found = models.logits(native, ids, [90, *[1] * 60], 90)
+    exact = models.logits(ReferenceExecutor.load(path), ids, [150])
+    expected = models.logits(ReferenceExecutor.load(path, kv_dtype=kv_dtype), ids, [100, 50])
+    lost = models.relative_error(expected, exact)
+    assert (lost > 1e-5) == (kv_dtype != "f32")
+    # A number on the edge between two codes may fall either way.
+    assert models.relative_error(found, expected) < 1e-5 + 0.1 * lost
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_of_keys_cancel(name: str) -> None:
+    plain = make(name, "float64")
+    rng = np.random.default_rng(1)
+    nodes, weights = [], dict(plain.weights)
+    declared = dict(plain.program.weights)
+    for node in plain.program.nodes:
+        nodes.append(node)
+        if node.op == "attention":
+            scale = f"{node.name}.key_scale"
+            size = node.attributes["kv_heads"] * node.attributes["head_dim"]
+            declared[scale] = Weight(scale, (size,))
+            weights[scale] = torch.from_numpy(np.exp(rng.standard_normal(size)))
+            nodes[-1] = replace(node, weights=(scale,))
+    program = check(plain.program.with_nodes(tuple(nodes), weights=declared))
+    assert Program.from_json(program.to_json()) == program
+    ids = models.tokens(60, plain.vocab_size)
+    expected = models.logits(plain, ids, [60])
+    for of in (program, lower(program, LOWERING)):
+        scaled = ReferenceExecutor(of, weights, dtype="float64")
+        assert models.relative_error(models.logits(scaled, ids, [30, 30]), expected) < 1e-7
+    vectors = {n: w.numpy().astype(np.float32) for n, w in weights.items() if w.ndim == 1}
+    packed = {n: dense.pack(w.numpy(), "f32") for n, w in weights.items() if w.ndim == 2}
+    native = NativeExecutor(program, packed, vectors, activations="exact", kv_dtype="f32", threads=2)
+    assert models.relative_error(models.logits(native, ids, [30, *[1] * 30]), expected) < 1e-5
+    native.close()
 
 
 def test_what_is_missing_is_named() -> None:

@@ -38,7 +38,7 @@ def test_decode_reads_weights_once_and_the_keys_in_reach(stored, batch, context,
         context,
         steps,
         weight_bytes=stored.stored_bytes,
-        kv_element_bytes=2,
+        kv_dtype="bf16",
     )
     row = 576 * 8.5 / 8  # of the embedding, which is read as a whole for the head
     assert cost.weight_bytes == pytest.approx(steps * (96_576_768 + batch * row))

@@ -11,6 +11,7 @@ from gristmill.backends.reference import ReferenceExecutor
 from gristmill.calibrate.stream import Stream
 from gristmill.errors import UsageError
 from gristmill.models import build_program
+from gristmill.program.edits import round_inputs
 from gristmill.program.passes import lower
 from gristmill.program.render import LOWERING
 from tests.kits import files, models
@@ -153,3 +154,22 @@ def test_bad_sequences_are_refused() -> None:
     for ids, message in [([], "at least one sequence"), ([[]], "at least one token"), ([[272]], "272")]:
         with pytest.raises(UsageError, match=message):
             Stream(executor, ids)
+
+
+def test_a_fork_goes_on_with_another_program() -> None:
+    """From the node at hand on, bit for bit as from the start; the stream itself is not disturbed."""
+    executor = make("llama-smollm2")
+    ids = sequences(executor)
+    program = round_inputs(executor.program, ["layers.1.self_attn.o_proj"], group=32, bits=[4])
+    other = ReferenceExecutor(program, executor.weights, dtype="float64")
+    expected, plain = Stream(other, ids).run_to_end(), Stream(executor, ids).run_to_end()
+    assert not same(expected, plain)
+    stream = Stream(executor, ids)
+    for node in stream:
+        if node.name == "layers.1.self_attn.o_proj":
+            assert same(stream.fork(other).run_to_end(), expected)
+            assert same(stream.fork(executor).run_to_end(), plain)
+        elif node.name == "layers.1.mlp.gate_proj":
+            with pytest.raises(UsageError, match="begins with the same nodes"):
+                stream.fork(other)
+    assert same(stream.output(), plain)

@@ -150,7 +150,7 @@ def config_is_not_json(place: Path) -> Path:
 
 
 def quantised_elsewhere(place: Path) -> Path:
-    return huggingface(place, quantization_config={"quant_method": "gptq", "bits": 4})
+    return huggingface(place, quantization_config={"quant_method": "bitsandbytes"})
 
 
 def missing_tensor(place: Path) -> Path:
@@ -189,7 +189,7 @@ def no_tokenizer(place: Path) -> Path:
         (unknown_architecture, "Quetzal"),
         (config_of_terabytes, "hidden_size"),
         (config_is_not_json, "config.json"),
-        (quantised_elsewhere, "gptq"),
+        (quantised_elsewhere, "bitsandbytes"),
         (missing_tensor, "v_proj"),
         (wrong_shape, "768"),
         (no_tokenizer, "tokenizer.json"),

@@ -43,7 +43,7 @@ INSPECTED = {
     "weight_bytes": int,
     "bits_per_weight": float,
     "formats": [{"format": str, "tensors": int, "parameters": int, "bytes": int, "bits_per_weight": float}],
-    "kv_bytes_per_token": {"bf16": int, "f32": int},
+    "kv_bytes_per_token": {"f32": int, "bf16": int, "int4": int},
     "tensors": [{"name": str, "format": str, "shape": [int], "bytes": int}],
 }
 
@@ -59,7 +59,7 @@ def test_inspect_a_gguf_file(gristmill: Gristmill) -> None:
     assert found["tokenizer"]["vocabulary"] == 49_152
     assert found["tokenizer"]["eos"] == [{"id": 2, "text": "<|im_end|>"}]
     assert found["tokenizer"]["chat_template"] is True
-    assert found["kv_bytes_per_token"] == {"bf16": 23_040, "f32": 46_080}
+    assert found["kv_bytes_per_token"] == {"f32": 46_080, "bf16": 23_040, "int4": 6_120}
     text = gristmill.text("inspect", "smollm2", "--tensors")
     for fact in (
         "134,515,008 parameters",

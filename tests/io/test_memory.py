@@ -28,6 +28,12 @@ def test_global_layers_keep_every_token(kv_dtype: str, size: int, context: int, 
     assert got.largest_context == context
 
 
+def test_codes_count_with_their_scales() -> None:
+    got = plan(config(), 0, "int4", 100, available=PLENTY)
+    assert got.kv_bytes == 2 * 2 * 2 * 112 * (64 / 2 + 2)
+    assert got.kv_dtype == "int4"
+
+
 @pytest.mark.parametrize("context", [1, 24, 500, 560, 4096])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text"])
 def test_windowed_layers_keep_a_ring(kind: str, context: int) -> None:
@@ -88,7 +94,7 @@ def test_weights_that_do_not_fit() -> None:
 
 
 def test_bad_requests() -> None:
-    with pytest.raises(UsageError, match="kv_dtype must be one of f32, bf16, not 'int8'"):
+    with pytest.raises(UsageError, match="kv_dtype must be one of f32, bf16, int4, not 'int8'"):
         plan(config(), 0, "int8", 16)
     for context, sequences in ((0, 1), (-1, 1), (1, 0)):
         with pytest.raises(UsageError, match="cannot be planned"):

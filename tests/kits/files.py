@@ -9,7 +9,8 @@ reading such a file back is a check by an independent witness.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from gristmill.formats import group_int, sparse24
+from gristmill.formats.packed import Packed, decode_f32
+from gristmill.io import checkpoint
+from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.expected import expected_tensors
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -273,6 +278,47 @@ def write_huggingface(
     text = json.dumps({"metadata": {"total_size": 0}, "weight_map": table})
     (directory / "model.safetensors.index.json").write_text(text)
     return directory
+
+
+def sparse24_of(values: NDArray[np.float32], group: int) -> Packed:
+    """The two largest of every four columns, rounded to 2:4 codes."""
+    n, k = values.shape
+    padded = np.zeros((n, -(-k // 4) * 4), np.float32)
+    padded[:, :k] = np.abs(values)
+    order = padded.reshape(n, -1, 4).argsort(axis=2, kind="stable").argsort(axis=2)
+    mask = (order >= 2).reshape(n, -1)[:, :k]
+    kept = np.where(mask, values, 0).astype(np.float32)
+    body = group_int.round_group_int(kept, bits=4, group=group, symmetric=True, clip="mse")
+    codes, scales, _ = group_int.unpack(body)
+    return sparse24.pack(codes, mask, scales, group=group)
+
+
+def write_mixed(stored: Path, directory: Path) -> None:
+    """A checkpoint with the weights of another, its matrices in all widths and 2:4 in turn."""
+    rounded = partial(partial, group_int.round_group_int)
+    formats: list[Callable[[NDArray[np.float32]], Packed]] = [
+        rounded(bits=6, group=64, symmetric=True),
+        rounded(bits=5, group=32, symmetric=False),
+        rounded(bits=3, group=128, symmetric=True, clip="mse"),
+        rounded(bits=2, group=16, symmetric=False, clip="mse", scales="f32"),
+        partial(sparse24_of, group=64),
+        rounded(bits=4, group=128, symmetric=True),
+        rounded(bits=3, group=32, symmetric=False),
+        rounded(bits=6, group=16, symmetric=True),
+        rounded(bits=8, group=0, symmetric=True, scales="f32"),
+    ]
+    source = Checkpoint.open(stored)
+    items: dict[str, checkpoint.Item] = {}
+    for name in source.names():
+        if name in source.specs:
+            packed = formats[len(items) % len(formats)](decode_f32(source.packed(name)))
+            items[name] = checkpoint.Matrix(packed.spec, packed.rows)
+        else:
+            vector = source.vector(name)
+            items[name] = checkpoint.Vector(len(vector), partial(np.asarray, vector))
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    directory.mkdir()
+    checkpoint.write(directory, config, items, report={"weights": "mixed"}, recipe="version: 1\n")
 
 
 def write_safetensors(path: Path, tensors: Tensors, dtype: str) -> None:

@@ -117,6 +117,9 @@ def test_stackable_slots_keep_their_order() -> None:
     recipe((smooth, []), (again, []), (rounds, [])).plan(PROGRAM)
     with pytest.raises(UsageError, match=r"again \(smoothing\) must come before rounds \(rounding, line 1\)"):
         recipe((rounds, []), (again, [])).plan(PROGRAM)
+    # Once an input is rounded, what produces it can no longer be scaled.
+    with pytest.raises(UsageError, match=r"smooth \(smoothing\) must come before round_activations"):
+        recipe((method("round_activations"), []), (smooth, [])).plan(PROGRAM)
 
 
 def test_every_method_is_whole() -> None:

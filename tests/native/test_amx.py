@@ -13,6 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gristmill.backends.native import _native
+from gristmill.formats import fp8, group_int
+from gristmill.formats.packed import decode_f32
 
 BASE = "avx512bf16"
 TILED = ["amx_emulated"] + (["amx"] if "amx" in _native.available_levels() else [])
@@ -102,7 +104,7 @@ class Linear:
             out[:, : self.n] = into
         mins = self.mins.reshape(-1).view(np.uint8) if f.mins else np.zeros(0, np.uint8)
         storage = STORAGE[f.bits]
-        shape = (self.n, self.k, self.kp, self.group, self.groups, f.offset, f.wide)
+        shape = (self.n, self.k, self.kp, self.group, self.groups, f.offset, f.wide, -1, False)
         arrays = (self.codes, self.scales.reshape(-1).view(np.uint8), mins)
         begin, end = blocks or (0, -(-self.n // 16))
         rest = (self.bias if bias else none, into is not None, out, begin, end)
@@ -217,6 +219,40 @@ def test_the_emulation_is_hidden() -> None:
 
 
 @NEEDS_AVX512
+@pytest.mark.parametrize("level", TILED)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_e4m3_rows_and_scales(level: str, rounded: bool) -> None:
+    """The E4M3 values of a row in the order of the tiles, times the row's scale, then bias and residual."""
+    rng = np.random.default_rng(13)
+    for n, k, group in [(33, 64, 32), (17, 200, 64), (48, 328, 128)]:
+        packed = group_int.pack(
+            rng.integers(0, 16, (n, k)).astype(np.uint8),
+            rng.integers(0, 127, (n, -(-k // group))).astype(np.uint8),
+            bits=4,
+            group=group,
+            offset=8,
+            exponent=9,
+            rounded=rounded,
+        )
+        x = rows(37, k)
+        top = np.abs(x).max(axis=1, keepdims=True)
+        scale = np.where(top > 0, top / np.float32(448), np.float32(1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = fp8.round_e4m3(np.where(top > 0, x * (np.float32(448) / top), np.float32(0)))
+        expected = tiles_bf16(values, decode_f32(packed)) * scale
+        spec = packed.spec
+        bias = rng.standard_normal(n).astype(np.float32)
+        into = rng.standard_normal((37, n)).astype(np.float32)
+        args = (_native.Storage.INT4, n, k, spec.columns, group, spec.groups, 8, False, 9, rounded)
+        arrays = [packed.arrays[a].reshape(-1).view(np.uint8) for a in ("codes", "scales")]
+        for count in (1, 15, 16, 17, 37):
+            out = into[:count].copy()
+            rest = (np.ascontiguousarray(x[:count]), bias, True, out, 0, -(-n // 16))
+            _native.linear(level, "fp8", *args, *arrays, np.zeros(0, np.uint8), *rest)
+            same(out, into[:count] + (expected[:count] + bias), f"{n}x{k} {count} rows")
+
+
+@NEEDS_AVX512
 def test_the_emulation_can_be_named() -> None:
     code = "from gristmill.backends.native import _native; print(_native.default_level())"
     env = {**os.environ, "GRISTMILL_ISA": "amx_emulated"}
@@ -273,7 +309,7 @@ def test_bf16_in_the_order_of_the_tiles(level: str, format: Format) -> None:
             w = np.empty((n, k), np.float32)
             mins = linear.mins.reshape(-1).view(np.uint8) if format.mins else np.zeros(0, np.uint8)
             storage = STORAGE[format.bits]
-            shape = (n, k, linear.kp, linear.group, linear.groups, format.offset, format.wide)
+            shape = (n, k, linear.kp, linear.group, linear.groups, format.offset, format.wide, -1, False)
             for row in range(n):
                 scales = linear.scales.reshape(-1).view(np.uint8)
                 _native.decode_row(BASE, storage, *shape, linear.codes, scales, mins, row, w[row])
@@ -323,6 +359,8 @@ def test_bf16_of_float_weights(level: str, storage: str) -> None:
                 0,
                 0,
                 False,
+                -1,
+                False,
                 *arrays,
                 np.ascontiguousarray(x[:count]),
                 np.zeros(0, np.float32),
@@ -351,7 +389,7 @@ def test_hard_sums(level: str) -> None:
     out = np.full((5, 16), np.nan, np.float32)
     rest = (np.zeros(0, np.float32), False, out, 0, 1)
     _native.linear(
-        level, "bf16", _native.Storage.BF16, 16, k, k, 0, 0, 0, False, values, none, none, x, *rest
+        level, "bf16", _native.Storage.BF16, 16, k, k, 0, 0, 0, False, -1, False, values, none, none, x, *rest
     )
     # Zeros may differ in sign: a bias of 0 is added.
     np.testing.assert_array_equal(out, tiles_bf16(x, w))

@@ -13,12 +13,30 @@ from gristmill.backends.native import _native
 
 LEVELS = _native.available_levels()
 F32 = NDArray[np.float32]
-MODES = {"bf16": (True, True), "wide": (True, False), "f32": (False, False)}
+KV = _native.KvFormat
+MODES = {
+    "bf16": (KV.BF16, True),
+    "wide": (KV.BF16, False),
+    "f32": (KV.F32, False),
+    "int4": (KV.INT4, True),
+    "int4-wide": (KV.INT4, False),
+}
 
 
 def to_bf16(x: F32) -> F32:
     bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32).__lshift__(16).view(np.float32)
+
+
+def to_int4(x: F32) -> F32:
+    """What int4 keeps of vectors [..., head_dim]."""
+    parts = []
+    for begin in range(0, x.shape[-1], 128):
+        part = x[..., begin : begin + 128]
+        scale = to_bf16(np.abs(part).max(-1, keepdims=True) / np.float32(7))
+        scale[scale == 0] = 1
+        parts.append(np.rint(part / scale).clip(-8, 7) * scale)
+    return np.concatenate(parts, -1)
 
 
 @dataclass
@@ -31,6 +49,8 @@ class Layer:
     window: int = 0
     mode: str = "bf16"
     max_step: int = 512
+    scaled: bool = False
+    """Whether keys are scaled after the rotation."""
 
     def inputs(self, tokens: int, seed: int = 0) -> tuple[F32, F32, F32]:
         rng = np.random.default_rng([seed, self.heads, self.head_dim])
@@ -43,8 +63,14 @@ class Layer:
         angles = np.arange(positions)[:, None] * frequencies
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
+    def key_scale(self) -> F32:
+        if not self.scaled:
+            return np.zeros(0, np.float32)
+        rng = np.random.default_rng(self.head_dim)
+        return np.exp(rng.standard_normal(self.kv_heads * self.head_dim)).astype(np.float32)
+
     def native(self, level: str) -> _native.AttentionLayer:
-        kv_bf16, bf16_math = MODES[self.mode]
+        kv, bf16_math = MODES[self.mode]
         scale = self.head_dim**-0.5
         return _native.AttentionLayer(
             level,
@@ -53,9 +79,10 @@ class Layer:
             self.head_dim,
             scale,
             self.window,
-            kv_bf16,
+            kv,
             bf16_math,
             self.max_step,
+            self.key_scale(),
         )
 
     def run(
@@ -90,14 +117,19 @@ class Layer:
             low, high = x[..., :half], x[..., half:]
             return np.concatenate([low * c - high * s, high * c + low * s], -1)
 
-        kv_bf16, bf16_math = MODES[self.mode]
+        kv, bf16_math = MODES[self.mode]
+        group = self.heads // self.kv_heads
         q, k = rotated(inputs[0], self.heads), rotated(inputs[1], self.kv_heads)
         v = inputs[2].reshape(tokens, self.kv_heads, self.head_dim)
-        if kv_bf16:
+        if self.scaled:
+            scale = self.key_scale().reshape(self.kv_heads, self.head_dim)
+            k, q = k * scale, q / np.repeat(scale, group, 0)
+        if kv == KV.BF16:
             k, v = to_bf16(k), to_bf16(v)
+        if kv == KV.INT4:
+            k, v = to_int4(k), to_int4(v)
         if bf16_math:
             q = to_bf16(q)
-        group = self.heads // self.kv_heads
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
         s = np.einsum("thd,shd->hts", q.astype(np.float64), k.astype(np.float64)) * self.head_dim**-0.5
         distance = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
@@ -120,15 +152,20 @@ class Layer:
         ((8, 1, 80), 40),
         ((5, 5, 16), 100),
         ((50, 1, 16), 0),
+        ((4, 2, 128), 0),
+        ((2, 1, 208), 70),
     ],
     ids=str,
 )
-def test_against_float64(level: str, mode: str, shape: tuple[int, int, int], window: int) -> None:
-    layer = Layer(*shape, window, mode)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_against_float64(
+    level: str, mode: str, shape: tuple[int, int, int], window: int, scaled: bool
+) -> None:
+    layer = Layer(*shape, window, mode, scaled=scaled)
     inputs = layer.inputs(333)
     expected = layer.oracle(inputs)
     # bf16 rounds the probabilities to 8 bits; the rest is float32 arithmetic on scores of size 30.
-    tolerance = 6e-3 if mode == "bf16" else 5e-5
+    tolerance = 6e-3 if MODES[mode][1] else 5e-5
     for cuts in [(), (1, 2, 70, 300), (330, 331, 332)]:
         got = layer.run(level, inputs, cuts)
         np.testing.assert_allclose(got, expected, atol=tolerance, rtol=0, err_msg=str(cuts))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from gristmill.backends.native import _native
+from gristmill.formats import fp8, group_int
 from gristmill.formats.packed import Packed, PackedSpec, decode
 
 LEVELS = _native.available_levels()
@@ -37,10 +38,19 @@ FORMATS = {
     "q6": PackedSpec("group_int", (1, 1), 6, 128, 32, "f16", False),
     "q6_g16": PackedSpec("group_int", (1, 1), 6, 16, 32, "f32", False),
     "q6_min": PackedSpec("group_int", (1, 1), 6, 32, 0, "f16", True),
+    "q4_e4m3": PackedSpec("group_int", (1, 1), 4, 64, 8, "e4m3", False, 3, True),
+    "q4_e4m3_products": PackedSpec("group_int", (1, 1), 4, 128, 8, "e4m3", False, 14, False),
+    "q6_e4m3": PackedSpec("group_int", (1, 1), 6, 16, 32, "e4m3", False, 0, True),
     "sparse24": PackedSpec("sparse24", (1, 1), 4, 64, 8, "f16", False),
     "sparse24_row": PackedSpec("sparse24", (1, 1), 4, 32, 8, "f32", False),
 }
 INTEGER = ("group_int", "sparse24")
+
+
+def arithmetics(spec: PackedSpec) -> tuple[str, ...]:
+    """Codes under float scales are multiplied as integers, too."""
+    floats = ("f32", "bf16", "fp8")
+    return (*floats, "int8") if spec.format in INTEGER and spec.scales != "e4m3" else floats
 
 
 @dataclass
@@ -55,7 +65,7 @@ def make(name: str, n: int, k: int, seed: int = 0) -> Case:
     rng = np.random.default_rng([seed, n, k, *name.encode()])
     base = FORMATS[name]
     group = -(-k // base.group) * base.group if name.endswith("_row") else base.group
-    spec = PackedSpec(base.format, (n, k), base.bits, group, base.offset, base.scales, base.mins)
+    spec = replace(base, shape=(n, k), group=group)
     arrays: dict[str, NDArray[np.generic]] = {}
     for array, (_, shape) in spec.arrays().items():
         if array == "codes":
@@ -69,6 +79,8 @@ def make(name: str, n: int, k: int, seed: int = 0) -> Case:
                 arrays[array] = values.astype(np.float16)
             else:
                 arrays[array] = (values.view(np.uint32) >> 16).astype(np.uint16)
+        elif spec.scales == "e4m3":
+            arrays[array] = rng.integers(0, 127, shape).astype(np.uint8)
         else:
             values = rng.standard_normal(shape) * 0.1
             arrays[array] = values.astype(np.float16 if spec.scales == "f16" else np.float32)
@@ -82,6 +94,7 @@ def make(name: str, n: int, k: int, seed: int = 0) -> Case:
     storage = _native.Storage[f"INT{spec.bits}" if spec.format == "group_int" else spec.format.upper()]
     values = flat("codes" if integer else "values")
     args = (storage, n, k, spec.columns, spec.group, spec.groups, spec.offset, spec.scales == "f32")
+    args += (spec.exponent if spec.scales == "e4m3" else -1, spec.rounded)
     return Case(packed, (*args, values, flat("scales"), flat("mins")))
 
 
@@ -129,6 +142,13 @@ def encoded(x: NDArray[np.float32], group: int) -> NDArray[np.float64]:
     return out
 
 
+def e4m3_rows(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """x after the encoding of a row to E4M3, in float64."""
+    top = np.abs(x).max(axis=1, keepdims=True, initial=0)
+    values = fp8.round_e4m3(x * (np.float32(448) / np.maximum(top, np.float32(1e-30))))
+    return values.astype(np.float64) * (top / np.float32(448))
+
+
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16
@@ -145,7 +165,8 @@ def test_against_float64(level: str, name: str) -> None:
         kinds = {"f32": (x.astype(np.float64), w, 2.0**-23 * k)}
         bf16_w = to_bf16(w.astype(np.float32)).astype(np.float64)
         kinds["bf16"] = (to_bf16(x).astype(np.float64), bf16_w, 2.0**-23 * k)
-        if case.packed.format in INTEGER:
+        kinds["fp8"] = (e4m3_rows(x), bf16_w, 2.0**-23 * k)
+        if "int8" in arithmetics(case.packed.spec):
             kinds["int8"] = (encoded(x, case.packed.group), w, 2.0**-22 * (case.packed.groups + 4))
         for arithmetic, (xs, ws, epsilon) in kinds.items():
             expected = xs @ ws.T
@@ -154,7 +175,10 @@ def test_against_float64(level: str, name: str) -> None:
             slack = (np.abs(xs) @ np.ones_like(ws).T) * np.abs(ws).max(initial=0) * 2.0**-22
             if case.packed.spec.mins and arithmetic != "bf16":
                 bound = bound + slack * 8
-            if arithmetic == "bf16" and case.packed.format in INTEGER:
+            exact = case.packed.spec.scales == "e4m3" and case.packed.bits == 4
+            if exact:
+                assert np.array_equal(bf16_w, w)
+            if arithmetic in ("bf16", "fp8") and case.packed.format in INTEGER and not exact:
                 bound = (
                     bound + (np.abs(xs) @ np.abs(ws).T) * 2.0**-8
                 )  # a decoded value may round the other way
@@ -166,14 +190,14 @@ def test_against_float64(level: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("arithmetic", ["int8", "bf16", "f32"])
+@pytest.mark.parametrize("arithmetic", ["int8", "bf16", "f32", "fp8"])
 def test_same_bits_on_every_level(name: str, arithmetic: str) -> None:
     case = make(name, 100, 224)
-    if arithmetic == "int8" and case.packed.format not in INTEGER:
+    if arithmetic not in arithmetics(case.packed.spec):
         return
     x = np.random.default_rng(1).standard_normal((7, 224)).astype(np.float32)
     # The matrix tiles have an order of their own for bf16: test_amx.py.
-    levels = [level for level in LEVELS if (level, arithmetic) != ("amx", "bf16")]
+    levels = [level for level in LEVELS if level != "amx" or arithmetic not in ("bf16", "fp8")]
     results = {level: run(level, arithmetic, case, x) for level in levels}
     for level, got in results.items():
         np.testing.assert_array_equal(got, results["portable"], err_msg=level)
@@ -184,9 +208,7 @@ def test_same_bits_on_every_level(name: str, arithmetic: str) -> None:
 def test_a_row_does_not_depend_on_its_company(level: str, name: str) -> None:
     case = make(name, 50, 288)
     x = np.random.default_rng(2).standard_normal((37, 288)).astype(np.float32)
-    for arithmetic in ("int8", "bf16", "f32"):
-        if arithmetic == "int8" and case.packed.format not in INTEGER:
-            continue
+    for arithmetic in arithmetics(case.packed.spec):
         whole = run(level, arithmetic, case, x)
         for begin, end in [(0, 1), (36, 37), (0, 2), (1, 4), (3, 9), (5, 17), (0, 16), (10, 22)]:
             part = run(level, arithmetic, case, np.ascontiguousarray(x[begin:end]))
@@ -196,7 +218,7 @@ def test_a_row_does_not_depend_on_its_company(level: str, name: str) -> None:
 def test_bias_and_accumulation() -> None:
     level = LEVELS[-1]
     rng = np.random.default_rng(3)
-    for name, arithmetic in [("q4", "int8"), ("bf16", "bf16"), ("f32", "f32")]:
+    for name, arithmetic in [("q4", "int8"), ("bf16", "bf16"), ("f32", "f32"), ("q4_e4m3", "fp8")]:
         case = make(name, 35, 64)
         x = rng.standard_normal((3, 64)).astype(np.float32)
         bias = rng.standard_normal(35).astype(np.float32)
@@ -228,7 +250,7 @@ def test_extreme_activations() -> None:
         assert not np.isnan(got[2]).all()
 
 
-@pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if spec.format in INTEGER])
+@pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if "int8" in arithmetics(spec)])
 def test_largest_sums(name: str) -> None:
     """Every code and every activation at its end: nothing saturates, at no level."""
     case = make(name, 16, 256)
@@ -258,6 +280,34 @@ def test_what_is_not_kept_adds_exactly_nothing(name: str, arithmetic: str) -> No
         np.testing.assert_array_equal(
             run(level, arithmetic, case, x), run(level, arithmetic, case, alone), err_msg=level
         )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_every_scale_and_code(level: str, rounded: bool) -> None:
+    """All E4M3 scales with all codes of four bits decode exactly, whatever the power of two."""
+    codes = np.tile(np.arange(16, dtype=np.uint8), (127, 1))
+    scales = np.arange(127, dtype=np.uint8)[:, None]
+    for exponent in (0, 5, 14):
+        packed = group_int.pack(codes, scales, bits=4, group=16, offset=8, exponent=exponent, rounded=rounded)
+        expected = decode(packed)
+        products = np.arange(-8, 8) * fp8.decode(scales).astype(np.float64)
+        if rounded:
+            products = fp8.round_e4m3(products)
+        assert np.array_equal(expected, products / 2**exponent)
+        arrays = [packed.arrays[a].reshape(-1).view(np.uint8) for a in ("codes", "scales")]
+        args = (_native.Storage.INT4, 127, 16, 16, 16, 1, 8, False, exponent, rounded, *arrays)
+        none = np.zeros(0, np.uint8)
+        for row in range(127):
+            out = np.full(16, np.nan, np.float32)
+            _native.decode_row(level, *args, none, row, out)
+            assert np.array_equal(out, expected[row])
+        # A unit matrix brings every weight out through the products.
+        for arithmetic in ("f32", "bf16"):
+            out = np.full((16, 127), np.nan, np.float32)
+            rest = (np.eye(16, dtype=np.float32), np.zeros(0, np.float32), False, out, 0, 8)
+            _native.linear(level, arithmetic, *args, none, *rest)
+            assert np.array_equal(out.T, expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)

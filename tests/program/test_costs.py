@@ -21,7 +21,7 @@ MATRICES = 256 * 256 + 2 * 128 * 256 + 256 * 256 + 3 * 256 * 512
 
 
 def test_decode_by_hand() -> None:
-    costs = step_costs(LLAMA, Work.decode(3, 10), kv_element_bytes=2)
+    costs = step_costs(LLAMA, Work.decode(3, 10), kv_dtype="bf16")
     q = costs["layers.0.self_attn.q_proj"]
     assert q.operations == 2 * 3 * 256 * 256
     assert q.weight_bytes == 4 * 256 * 256
@@ -44,7 +44,7 @@ def test_decode_by_hand() -> None:
 
 
 def test_prefill_by_hand() -> None:
-    costs = step_costs(LLAMA, Work.prefill(7, context=5), kv_element_bytes=4)
+    costs = step_costs(LLAMA, Work.prefill(7, context=5), kv_dtype="f32")
     attention = costs["layers.1.self_attn.attention"]
     assert attention.operations == 4 * 4 * 64 * sum(range(6, 13))
     assert attention.state_bytes_read == 12 * 2 * 2 * 64 * 4
@@ -77,8 +77,16 @@ def test_totals() -> None:
     tied = build_program(files.config("llama", tie_word_embeddings=True))
     assert parameters(tied) == parameters(LLAMA) - 272 * 256
     assert weight_total(tied, lambda name: 1.0) == len(tied.weights)
-    assert state_bytes(LLAMA, 100, 2) == 100 * 2 * 2 * 2 * 64 * 2
-    assert state_bytes(MISTRAL, 100, 2) == 24 * 2 * 2 * 2 * 64 * 2
+    assert state_bytes(LLAMA, 100) == 100 * 2 * 2 * 2 * 64 * 2
+    assert state_bytes(MISTRAL, 100) == 24 * 2 * 2 * 2 * 64 * 2
+
+
+def test_codes_of_keys_count_with_their_scales() -> None:
+    # Of a head of 64: 32 bytes of codes and one scale.
+    assert state_bytes(LLAMA, 100, "int4") == 100 * 2 * 2 * 2 * (32 + 2)
+    attention = step_costs(LLAMA, Work.decode(3, 10), kv_dtype="int4")["layers.0.self_attn.attention"]
+    assert attention.state_bytes_read == 3 * 11 * 2 * 2 * (32 + 2)
+    assert attention.state_bytes_written == 3 * 2 * 2 * (32 + 2)
 
 
 def test_stored_bytes_replace_float32() -> None:
@@ -90,8 +98,8 @@ def test_stored_bytes_replace_float32() -> None:
 
 def test_rendering_sums_up_and_is_json() -> None:
     formats = {name: "int4" if "layers.0" in name else "bf16" for name in LLAMA.weights}
-    table = render(LLAMA, Work.decode(2, 8), formats=formats, kv_element_bytes=4)
-    single = render(LLAMA, Work.decode(2, 8), formats=formats, kv_element_bytes=4, collapse=False)
+    table = render(LLAMA, Work.decode(2, 8), formats=formats, kv_dtype="f32")
+    single = render(LLAMA, Work.decode(2, 8), formats=formats, kv_dtype="f32", collapse=False)
     assert table.total == single.total
     assert table.total.operations == sum(row.cost.operations for row in table.rows)
     assert len(single.rows) == len(LLAMA.nodes) == table.nodes == sum(row.count for row in table.rows)

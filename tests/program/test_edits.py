@@ -6,15 +6,17 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
 
 from gristmill.backends.native import NativeExecutor, _native
 from gristmill.backends.reference import ReferenceExecutor
+from gristmill.backends.reference.ops import round_e4m3
 from gristmill.errors import ModelError
-from gristmill.formats import dense, group_int
+from gristmill.formats import dense, fp8, group_int
 from gristmill.formats.packed import Packed, decode_f32
 from gristmill.models import build_program
 from gristmill.program.builder import Builder
-from gristmill.program.edits import add_branch, linears_of, round_inputs
+from gristmill.program.edits import add_branch, keep_keys, linears_of, round_inputs
 from gristmill.program.nodes import Program, ProgramError
 from tests.kits import files, models
 from tests.kits.executor import check_executor
@@ -107,6 +109,65 @@ def test_rounded_product(level: str, activations: str, bits: list[int], ordered:
 
 
 @pytest.mark.parametrize("level", _native.available_levels())
+@pytest.mark.parametrize("weight", ["f32", "bf16", "int4", "e4m3"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_e4m3_product(level: str, weight: str, ordered: bool) -> None:
+    """Rows of E4M3 with a scale against float64, K = 104: bf16 weights exactly, others as bf16."""
+    rng = np.random.default_rng(6)
+    k, n = 104, 37
+    b = Builder("one")
+    x = b.embedding("table.weight", 50, k)
+    y = b.linear(x, "lm_head", n, bias=True)
+    program = b.build(b.select_rows(y))
+    plain = round_inputs(program, ["lm_head"], order="order") if ordered else program
+    program = round_inputs(program, ["lm_head"], fp8=True, order="order" if ordered else None)
+    tensors = {name: rng.normal(0, 1, w.shape).astype(np.float32) for name, w in program.weights.items()}
+    tensors["table.weight"][3] = 0
+    tensors["table.weight"][4, 0] = 1000
+    values = tensors["lm_head.weight"]
+    e4m3 = group_int.pack(
+        rng.integers(0, 16, (n, k)).astype(np.uint8),
+        rng.integers(30, 60, (n, 4)).astype(np.uint8),
+        bits=4,
+        group=32,
+        offset=8,
+        exponent=2,
+        rounded=True,
+    )
+    of = {"int4": lambda: group_int.quantise(values, 4), "e4m3": lambda: e4m3}
+    packed = {
+        "table.weight": dense.pack(tensors["table.weight"], "f32"),
+        "lm_head.weight": of[weight]() if weight in of else dense.pack(values, weight),
+    }
+    vectors = {"lm_head.bias": tensors["lm_head.bias"]}
+    if ordered:
+        vectors["order"] = rng.permutation(k).astype(np.float32)
+    weights = {**vectors, **{name: decode_f32(p) for name, p in packed.items()}}
+    ids = np.concatenate([[3, 4], models.tokens(30, n)]).astype(np.int32)
+    expected = models.logits(ReferenceExecutor(program, weights, dtype="float64"), ids, [32])
+    for activations in ("exact", "fast"):
+        with closing(
+            NativeExecutor(program, packed, vectors, activations=activations, threads=2, level=level)
+        ) as executor:
+            found = models.logits(executor, ids, [32])
+        exact = activations == "exact" or weight in ("bf16", "e4m3")
+        assert models.relative_error(found, expected) < (1e-5 if exact else 2**-7)
+        assert np.array_equal(found[0], vectors["lm_head.bias"])  # a row of zeros
+    unrounded = models.logits(ReferenceExecutor(plain, weights, dtype="float64"), ids, [32])
+    assert models.relative_error(unrounded, expected) > 1e-3
+
+
+def test_e4m3_rounding_of_the_reference() -> None:
+    x = torch.from_numpy(
+        np.concatenate([fp8.decode(np.arange(127, dtype=np.uint8)), np.linspace(0, 500, 9999)])
+    )
+    for dtype in (torch.float32, torch.float64):
+        found = round_e4m3(x.to(dtype))
+        assert found.dtype == dtype
+        assert np.array_equal(found.numpy(), fp8.round_e4m3(x.to(dtype).numpy()))
+
+
+@pytest.mark.parametrize("level", _native.available_levels())
 @pytest.mark.parametrize("activations", ["exact", "bf16", "fast"])
 def test_contract(level: str, activations: str) -> None:
     """The same bits for any cut of the prompt, company and thread count."""
@@ -131,6 +192,15 @@ def test_refused() -> None:
     rounded = round_inputs(program, [q], group=32, bits=[8])
     with pytest.raises(ProgramError, match="rounded already"):
         round_inputs(rounded, [q], group=32, bits=[8])
+    with pytest.raises(ProgramError, match="neither group nor bits"):
+        round_inputs(program, [q], group=32, fp8=True)
+    attention = "layers.0.self_attn.attention"
+    scaled = keep_keys(program, [attention], kv_format="int4", scaled=True)
+    assert Program.from_json(scaled.to_json()) == scaled
+    with pytest.raises(ProgramError, match="scaled already"):
+        keep_keys(scaled, [attention], scaled=True)
+    with pytest.raises(ProgramError, match="kv_format"):
+        keep_keys(program, [attention], kv_format="int3")
     with pytest.raises(ProgramError, match="neither one number"):
         round_inputs(program, [q], group=32, bits=[8, 4])
     with pytest.raises(ProgramError, match="already"):

@@ -30,10 +30,14 @@ constexpr int code_bits(Storage storage) {
 
 // A packed weight of n output rows and k input columns, sixteen output rows interleaved per block.
 // Integer storage: value = scale * (code - offset) + min, one scale (and min) per group of columns and row.
+// With E4M3 scales: value = unit * R(scale * (code - offset)), R to E4M3 if `rounded`; no int8 arithmetic.
 struct Weight {
   Storage storage = Storage::kF32;
   int32_t offset = 0;
-  bool wide_scales = false;      // scales and mins are f32, else f16
+  bool wide_scales = false;  // scales and mins are f32, else f16
+  bool e4m3_scales = false;  // scales are bytes; there are no mins
+  bool rounded = false;
+  float unit = 1.0f;             // a power of two
   const void* values = nullptr;  // codes, or float values
   const void* scales = nullptr;  // [blocks][groups][16]
   const void* mins = nullptr;    // as scales, or null
@@ -65,8 +69,9 @@ struct Rounding {
 struct LinearOut {
   float* out = nullptr;
   int64_t ld = 0;
-  const float* bias = nullptr;  // [n] or null
-  bool accumulate = false;      // out += result (after the bias) instead of out = result
+  const float* bias = nullptr;       // [n] or null
+  bool accumulate = false;           // out += result (after the bias) instead of out = result
+  const float* row_scale = nullptr;  // [rows] or null: of x, multiplied in before the bias (not by int8)
 };
 
 enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
@@ -76,22 +81,41 @@ enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 constexpr int64_t kSpanTokens = 256;
 constexpr int64_t kTileTokens = 16;
 
+// How keys and values are kept: floats, or int4: codes -8..7 and one bf16 scale per token, KV head and group
+// of kKvGroup dimensions of the head (the last one may be smaller): s = max|x| / 7, rounded (1 where it is
+// 0), code = round-to-even(x / s).
+enum class KvFormat : int32_t { kF32 = 0, kBf16 = 1, kInt4 = 2 };
+constexpr int64_t kKvGroup = 128;
+constexpr int64_t kv_groups(int64_t head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
+
 // Where one sequence's keys and values of one layer lie. Token p of KV head h is in the tile at
-// `k + span * span_bytes + (h * 16 + p % 256 / 16) * tile_bytes`, span = p / 256 (modulo `ring` when that is
-// not 0). Inside a tile of 16 tokens, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16 tokens];
-// values: bf16 [16 / 2][head_dim][2] (pairs of tokens), f32 [16][head_dim].
+// `k + span * span_bytes + h * head_bytes + p % 256 / 16 * tile_bytes`, span = p / 256 (modulo `ring` when
+// that is not 0). Inside a tile of 16 tokens, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16
+// tokens], int4 [head_dim / 8][16 tokens] words of 32 bits; values: bf16 [16 / 2][head_dim][2] (pairs of
+// tokens), f32 [16][head_dim], int4 [16 / 8][head_dim] words. A word holds eight codes in two's complement,
+// number 2 j + h (of dimensions or tokens) in the bits from 16 h + 4 j. After a head's tiles come their
+// scales, tile by tile: [groups][16 tokens].
 struct KvSegment {
   char* k = nullptr;
   char* v = nullptr;
   int64_t span_bytes = 0;
+  int64_t head_bytes = 0;
   int64_t tile_bytes = 0;
-  int64_t ring = 0;  // spans in the ring of a sliding-window layer, 0 where spans are not reused
+  int64_t scale_bytes = 0;  // of one tile
+  int64_t ring = 0;         // spans in the ring of a sliding-window layer, 0 where spans are not reused
 
   int64_t tile_at(int64_t position, int64_t head) const {
+    return head_at(position, head) + position % kSpanTokens / kTileTokens * tile_bytes;
+  }
+  int64_t scales_at(int64_t position, int64_t head) const {
+    return head_at(position, head) + kSpanTokens / kTileTokens * tile_bytes +
+           position % kSpanTokens / kTileTokens * scale_bytes;
+  }
+
+ private:
+  int64_t head_at(int64_t position, int64_t head) const {
     const int64_t span = position / kSpanTokens;
-    constexpr int64_t kTiles = kSpanTokens / kTileTokens;
-    return (ring == 0 ? span : span % ring) * span_bytes +
-           (head * kTiles + position % kSpanTokens / kTileTokens) * tile_bytes;
+    return (ring == 0 ? span : span % ring) * span_bytes + head * head_bytes;
   }
 };
 
@@ -117,11 +141,13 @@ struct AttentionArgs {
   const float* cos = nullptr;  // [positions][rope_dim / 2]
   const float* sin = nullptr;
   int64_t rope_dim = 0;  // 0: no rotation
+  // [kv_heads * head_dim] or null: rotated keys are multiplied by it, rotated queries divided.
+  const float* key_scale = nullptr;
   int32_t heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1.0f;
-  int64_t window = 0;     // visible keys, the row's own included; 0: all
-  bool kv_bf16 = true;    // keys and values are bf16, else f32
-  bool bf16_math = true;  // queries and probabilities are rounded to bf16 (needs kv_bf16), else f32
+  int64_t window = 0;  // visible keys, the row's own included; 0: all
+  KvFormat kv = KvFormat::kBf16;
+  bool bf16_math = true;  // queries and probabilities are rounded to bf16 (not with f32 keys), else f32
   const AttentionSequence* sequences = nullptr;
   int64_t sequence_count = 0;
   float* partials = nullptr;  // scratch, attention_partial_floats(args) long
@@ -137,6 +163,11 @@ struct KernelTable {
   // there is an order.
   void (*encode_int8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t group, int64_t kp,
                       const Rounding& rounding, int8_t* q, float* scale, int32_t* sum, float* gathered);
+  // x [rows][ldx] of k columns -> E4M3 values, as bf16 [rows][kp], zero in the padding, and a scale per row:
+  // max|x| / 448, value = E4M3(x * (448 / max|x|)); scale 1 where the row is zero. `gathered` holds k floats
+  // if there is an order.
+  void (*encode_fp8)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, const int32_t* order,
+                     uint16_t* out, float* scale, float* gathered);
   // x [rows][ldx] of k columns -> bf16 [rows][kp], zero in the padding.
   void (*encode_bf16)(const float* x, int64_t ldx, int64_t rows, int64_t k, int64_t kp, uint16_t* out);
 

@@ -173,6 +173,19 @@ inline vi vi_dot_narrow(vi acc, vb w, const int8_t* a) {
 }
 
 inline vh vh_load(const uint16_t* p) { return {load256(p), load256(p + 16)}; }
+// The low four bits of each 16-bit word, -8..7, as bf16; and the words with the next four bits lowest. Low
+// and high bytes are looked up apart; the table's first entry, 0, falls to the byte that is not asked for.
+inline __m256i codes256(__m256i words) {
+  const __m256i low = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, -128, 0, 0x40, -128, -96, -64, -32, 0, -32, -64, -96, -128, 0x40, 0, -128));
+  const __m256i high = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, -63, -64, -64, -64, -64, -64, -64, -65));
+  const __m256i code = _mm256_and_si256(words, _mm256_set1_epi16(15));
+  return _mm256_or_si256(_mm256_shuffle_epi8(low, code),
+                         _mm256_shuffle_epi8(high, _mm256_slli_epi16(code, 8)));
+}
+inline vh vh_codes(vh words) { return {codes256(words.a), codes256(words.b)}; }
+inline vh vh_next_codes(vh words) { return {_mm256_srli_epi16(words.a, 4), _mm256_srli_epi16(words.b, 4)}; }
 // Eight f16 in the low halves of 32-bit lanes; packing works within 128-bit lanes, the permutation restores
 // order.
 inline __m256 low_f16(__m256i x) {

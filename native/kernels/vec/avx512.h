@@ -120,6 +120,9 @@ inline vi vi_dot(vi acc, vb w, const int8_t* a) {
 }
 
 inline vh vh_load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+// The low four bits of each 16-bit word, -8..7, as bf16; and the words with the next four bits lowest.
+inline vh vh_codes(vh words) { return {_mm512_permutexvar_epi16(words.v, _mm512_load_si512(kCodeTable))}; }
+inline vh vh_next_codes(vh words) { return {_mm512_srli_epi16(words.v, 4)}; }
 // The even or the odd elements, read as f16.
 inline vf vh_even_f16(vh a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
 inline vf vh_odd_f16(vh a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)))}; }

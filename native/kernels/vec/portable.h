@@ -217,12 +217,18 @@ inline vi vb_lanes(vb a) {
 // Bytes kFirst and kFirst + 1 of every lane, put where the low three bits of the lane in `pairs` say.
 template <int kFirst>
 inline vb vb_spread(vb a, vi pairs) {
-  vb r;
-  for (int i = 0; i < 64; ++i) {
-    const uint32_t from = kSpread[pairs.v[i / 4] & 7] >> (i % 4 * 8) & 255;
-    r.v[i] = from & 128 ? 0 : a.v[i / 4 * 4 + kFirst + static_cast<int>(from)];
+  // Factors that shift the first and the second byte to their places.
+  constexpr uint32_t kOne[8] = {1, 1, 1, 1 << 8, 1 << 8, 1 << 16, 0, 0};
+  constexpr uint32_t kTwo[8] = {1 << 8, 1 << 16, 1 << 24, 1 << 16, 1 << 24, 1 << 24, 0, 0};
+  uint32_t lanes[16];
+  memcpy(lanes, a.v, 64);
+  GM_EACH {
+    const int pair = pairs.v[i] & 7;
+    const uint32_t two = lanes[i] >> (8 * kFirst);
+    lanes[i] = (two & 255) * kOne[pair] | (two >> 8 & 255) * kTwo[pair];
   }
-  return r;
+  memcpy(a.v, lanes, 64);
+  return a;
 }
 // acc[lane] += sum over j < 4 of w[4 * lane + j] * a[j], a four signed bytes; exact.
 inline vi vi_dot(vi acc, vb w, const int8_t* a) {
@@ -238,6 +244,15 @@ inline vh vh_load(const uint16_t* p) {
   vh r;
   memcpy(r.v, p, 64);
   return r;
+}
+// The low four bits of each 16-bit word, -8..7, as bf16; and the words with the next four bits lowest.
+inline vh vh_codes(vh words) {
+  for (uint16_t& x : words.v) x = kCodeTable[x & 15];
+  return words;
+}
+inline vh vh_next_codes(vh words) {
+  for (uint16_t& x : words.v) x = static_cast<uint16_t>(x >> 4);
+  return words;
 }
 // The even (low) and the odd (high) value of each lane's pair, widened.
 // The even or the odd elements, read as f16.

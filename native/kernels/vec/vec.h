@@ -8,6 +8,13 @@
 
 namespace gm::GM_LEVEL {
 
+// bf16 of -8..7 by the number's low four bits; twice, for instructions that look at five.
+#define GM_CODES                                                                                          \
+  0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, \
+      0xc040, 0xc000, 0xbf80
+alignas(64) constexpr uint16_t kCodeTable[32] = {GM_CODES, GM_CODES};
+#undef GM_CODES
+
 // For vb_spread, by number of pair: which of two bytes each of a lane's four becomes, the first lowest; 128
 // for none. The pairs are (0,1) (0,2) (0,3) (1,2) (1,3) (2,3); 6 and 7 are none.
 inline constexpr uint32_t kSpread[8] = {0x80800100, 0x80018000, 0x01808000, 0x80010080,
@@ -46,6 +53,21 @@ inline constexpr int kTileRows = GM_TILE_ROWS;
 #if !defined(GM_LEVEL_avx2)
 inline vi vi_dot_narrow(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a); }
 #endif
+
+// The nearest E4M3 values, ties to even, at most 448 in size.
+inline vf vf_round_e4m3(vf x) {
+  x = vf_min(vf_max(x, vf_set1(-448.0f)), vf_set1(448.0f));
+  // 1.5 * 2^(e + 20): what is added to it keeps the bits from 2^(e - 3) on, and 2^-9 where e < -6.
+  const vf power = vf_max(vi_as_float(vf_bits(x) & vi_set1(0x7f800000)), vf_set1(0.015625f));
+  const vf base = power * vf_set1(1572864.0f);
+  return (x + base) - base;
+}
+// Sixteen positive E4M3 codes.
+inline vf vf_load_e4m3(const uint8_t* p) {
+  int32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = p[i] << 20;
+  return vi_as_float(vi_load(bits)) * vf_set1(0x1p120f);
+}
 
 // exp(x), about 1.5 ulp for x in [-87, 88]; below that it is 0, above it is clamped.
 // Cody-Waite reduction by ln 2 in two parts, then a degree-6 polynomial, then the exponent field.

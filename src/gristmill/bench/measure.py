@@ -30,7 +30,7 @@ def run(
     *,
     weights: str = "stored",
     activations: str | None = None,
-    kv_dtype: str = "bf16",
+    kv_dtype: str | None = None,
     threads: int | None = None,
     prefill: Sequence[int] = (512,),
     decode: Sequence[tuple[int, int]] = ((1, 512), (16, 64), (16, 512)),
@@ -67,7 +67,13 @@ def run(
         if longest > subject.context:
             raise UsageError(f"{longest} tokens are more than the model's context of {subject.context}")
         return _measure(
-            subject, prefill, decode, repeats=repeats, decode_steps=decode_steps, progress=progress
+            subject,
+            prefill,
+            decode,
+            kv_dtype=kv_dtype,
+            repeats=repeats,
+            decode_steps=decode_steps,
+            progress=progress,
         )
 
 
@@ -76,6 +82,7 @@ def _measure(
     prefill: Sequence[int],
     decode: Sequence[tuple[int, int]],
     *,
+    kv_dtype: str | None,
     repeats: int,
     decode_steps: int,
     progress: Progress | None,
@@ -111,7 +118,7 @@ def _measure(
             context,
             decode_steps,
             weight_bytes=subject.stored_bytes,
-            kv_element_bytes=subject.kv_element_bytes(),
+            kv_dtype=kv_dtype,
         )
         for batch, context in decode
     ]

@@ -26,7 +26,7 @@ def startup(
     *,
     weights: str = "stored",
     activations: str | None = None,
-    kv_dtype: str = "bf16",
+    kv_dtype: str | None = None,
     threads: int | None = None,
     prompt: str = PROMPT,
     repeats: int = 5,
@@ -58,9 +58,9 @@ def startup(
         "1",
         "--weights",
         weights,
-        "--kv-dtype",
-        kv_dtype,
     ]
+    if kv_dtype is not None:
+        command += ["--kv-dtype", kv_dtype]
     if activations is not None:
         command += ["--activations", activations]
     if threads is not None:

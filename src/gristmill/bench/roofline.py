@@ -20,17 +20,17 @@ def decode_cost(
     steps: int,
     *,
     weight_bytes: WeightBytes,
-    kv_element_bytes: float,
+    kv_dtype: str | None,
 ) -> Cost:
     """What `steps` decode steps of `batch` sequences do in all, the first of them after `context` tokens.
 
     Every step reads each weight once (of the embedding only the rows it takes) and the keys and values in
-    reach of every sequence, which grow by a token a step.
+    reach of every sequence, which grow by a token a step. kv_dtype as in `step_costs`.
     """
     total = Cost()
     for step in range(steps):
         work = Work.decode(batch, context + step)
-        total += sum_costs(step_costs(program, work, weight_bytes, kv_element_bytes))
+        total += sum_costs(step_costs(program, work, weight_bytes, kv_dtype))
     return total
 
 

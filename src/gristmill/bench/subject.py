@@ -37,7 +37,7 @@ class Subject:
         *,
         weights: str = "stored",
         activations: str | None = None,
-        kv_dtype: str = "bf16",
+        kv_dtype: str | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> Subject:
@@ -125,10 +125,6 @@ class Subject:
         }
         prompts = executor.prompt_activations
         return "+".join(sorted(kinds)) + ("" if prompts == "fast" else f" (prompts {prompts})")
-
-    def kv_element_bytes(self) -> int:
-        """Bytes of one number in the KV cache."""
-        return 2 if self.executor.kv_dtype == "bf16" else 4
 
     def modes(self) -> dict[str, Any]:
         """What every figure names: weights, activations, KV, head, bits, threads, kernels, where they lie."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gristmill.backends.reference import ReferenceExecutor
@@ -36,7 +37,9 @@ class Stream:
     on the other sequences.
     """
 
-    def __init__(self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int] | NDArray[np.int64]]
+    ) -> None:
         """sequences: token ids, each a whole prompt. UsageError for an empty one or an id out of range."""
         self.executor = executor
         self.program = executor.program
@@ -75,17 +78,31 @@ class Stream:
         """
         return self.evaluate_span(node, node, weights)
 
-    def evaluate_span(self, first: Node, last: Node, weights: Mapping[str, Tensor] | None = None) -> Rows:
+    def evaluate_span(
+        self,
+        first: Node,
+        last: Node,
+        weights: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, Rows] | None = None,
+    ) -> Rows:
         """The first output of `last` after the nodes from `first` to `last` ran, as in `evaluate`.
 
         What the span reads and does not write itself must be at hand: say, from q_proj to o_proj while q_proj
         is the node at hand. The buffers in between are those of one sequence at a time.
+
+        given: rows of buffers of the span, for the first sequences or all, in place of the nodes that write
+        them; the result has as many sequences.
         """
+        given = given or {}
         start, stop = self._index[first.name], self._index[last.name]
         if start > stop:
             raise UsageError(f"node {last.name!r} does not come after {first.name!r}")
-        span = self.program.nodes[start : stop + 1]
-        written: set[str] = set()
+        span = [
+            node
+            for node in self.program.nodes[start : stop + 1]
+            if not all(name in given for name in node.outputs)
+        ]
+        written = set(given)
         for node in span:
             for name in node.inputs:
                 if name not in written:
@@ -93,13 +110,24 @@ class Stream:
             written.update(node.outputs)
         used = self.executor.weights if weights is None else {**self.executor.weights, **weights}
         result = []
-        for i in range(len(self._ids)):
-            own: dict[str, Tensor] = {}
+        for i in range(min([len(self._ids), *map(len, given.values())])):
+            own = {name: rows[i] for name, rows in given.items()}
             for node in span:
                 inputs = [own[n] if n in own else self._held[n][i] for n in node.inputs]
                 own.update(zip(node.outputs, self._outputs(node, i, inputs, used), strict=True))
             result.append(own[last.outputs[0]])
         return result
+
+    def fork(self, executor: ReferenceExecutor) -> Stream:
+        """A stream that goes on from here with another executor; this one stays where it is.
+
+        UsageError if the other's program differs in a node that has run.
+        """
+        if executor.program.nodes[: self._next] != self.program.nodes[: self._next]:
+            raise UsageError("a stream can only be forked to a program that begins with the same nodes")
+        other = Stream(executor, self._ids)
+        other._held, other._next = dict(self._held), self._next
+        return other
 
     def run_to_end(self) -> Rows:
         """Runs all nodes that have not run: the program's output, as `output`."""
@@ -138,6 +166,6 @@ class Stream:
         ids = torch.from_numpy(self._ids[index])
         every = torch.arange(len(ids))
         # Every node has a context of its own: what attention appends to its state is not needed again.
-        context = Context(ids, every, every, [len(ids)], [{}])
+        context = Context(ids, every, every, [len(ids)], [{}], self.executor.kv_formats)
         with torch.no_grad():
             return run(context, node, inputs, [weights[name] for name in node.weights])

@@ -165,11 +165,12 @@ def _topics() -> Text:
     """The second half of the built-in text, but for paragraphs that came before."""
     whole = builtin_text()
     middle = whole.content.index("\n\n", len(whole.content) // 2)
-    first, second = (
-        [p.strip("\n") for p in half.split("\n\n")]
-        for half in (whole.content[:middle], whole.content[middle + 2 :])
-    )
-    seen = set(first)
-    # As a dict, so that repeated paragraphs come once.
-    fresh = dict.fromkeys(p for p in second if p not in seen)
-    return Text(f"second half of {whole.name}, without what is in the first", "\n\n".join(fresh))
+    first, second = (half.split("\n\n") for half in (whole.content[:middle], whole.content[middle + 2 :]))
+    # Topics quote one another, indented differently.
+    seen = {" ".join(p.split()) for p in first}
+    fresh: dict[str, str] = {}
+    for paragraph in second:
+        words = " ".join(paragraph.split())
+        if words not in seen:
+            fresh.setdefault(words, paragraph)
+    return Text(f"second half of {whole.name}, without what is in the first", "\n\n".join(fresh.values()))

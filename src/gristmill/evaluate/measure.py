@@ -33,7 +33,7 @@ def run(
     window: int = WINDOW,
     weights: str = "stored",
     activations: str | None = None,
-    kv_dtype: str = "bf16",
+    kv_dtype: str | None = None,
     phase: str = "generated",
     base_weights: str = "f32",
     base_activations: str = "exact",

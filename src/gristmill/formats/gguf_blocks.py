@@ -8,17 +8,18 @@ type        bits  group  offset  scale                         min
 ==========  ====  =====  ======  ============================  ==========================
 Q4_0         4     32      8     d (f16)
 Q4_1         4     32      0     d (f16)                       m (f16)
-Q5_0         8     32     16     d (f16)
-Q5_1         8     32      0     d (f16)                       m (f16)
+Q5_0         5     32     16     d (f16)
+Q5_1         5     32      0     d (f16)                       m (f16)
 Q8_0         8     32    128     d (f16)
-Q2_K         4     16      0     d * sc (f32, sc 4 bits)       -dmin * m (f32, m 4 bits)
+Q2_K         2     16      0     d * sc (f32, sc 4 bits)       -dmin * m (f32, m 4 bits)
 Q3_K         4     16      4     d * sc (f32, sc 6 bits)
 Q4_K         4     32      0     d * sc (f32, sc 6 bits)       -dmin * m (f32, m 6 bits)
-Q5_K         8     32      0     d * sc (f32, sc 6 bits)       -dmin * m (f32, m 6 bits)
-Q6_K         8     16     32     d * sc (f32, sc 8 bits)
+Q5_K         5     32      0     d * sc (f32, sc 6 bits)       -dmin * m (f32, m 6 bits)
+Q6_K         6     16     32     d * sc (f32, sc 8 bits)
 ==========  ====  =====  ======  ============================  ==========================
 
-The products d * sc have at most 11 + 7 significant bits, so float32 holds them exactly. Bit layouts follow
+Codes of 3 bits come in pieces of 32 columns, more than a group of Q3_K has, so that those take 4. The
+products d * sc have at most 11 + 7 significant bits, so float32 holds them exactly. Bit layouts follow
 the block structures in ggml's sources (ggml-common.h).
 """
 
@@ -186,14 +187,14 @@ TYPES: dict[int, GgufType] = {
     1: GgufType("F16", 1, 2),
     2: GgufType("Q4_0", 32, 18, 4, 32, 8, "f16", False, _q4_0),
     3: GgufType("Q4_1", 32, 20, 4, 32, 0, "f16", True, _q4_1),
-    6: GgufType("Q5_0", 32, 22, 8, 32, 16, "f16", False, _q5_0),
-    7: GgufType("Q5_1", 32, 24, 8, 32, 0, "f16", True, _q5_1),
+    6: GgufType("Q5_0", 32, 22, 5, 32, 16, "f16", False, _q5_0),
+    7: GgufType("Q5_1", 32, 24, 5, 32, 0, "f16", True, _q5_1),
     8: GgufType("Q8_0", 32, 34, 8, 32, 128, "f16", False, _q8_0),
-    10: GgufType("Q2_K", 256, 84, 4, 16, 0, "f32", True, _q2_k),
+    10: GgufType("Q2_K", 256, 84, 2, 16, 0, "f32", True, _q2_k),
     11: GgufType("Q3_K", 256, 110, 4, 16, 4, "f32", False, _q3_k),
     12: GgufType("Q4_K", 256, 144, 4, 32, 0, "f32", True, _q4_k),
-    13: GgufType("Q5_K", 256, 176, 8, 32, 0, "f32", True, _q5_k),
-    14: GgufType("Q6_K", 256, 210, 8, 16, 32, "f32", False, _q6_k),
+    13: GgufType("Q5_K", 256, 176, 5, 32, 0, "f32", True, _q5_k),
+    14: GgufType("Q6_K", 256, 210, 6, 16, 32, "f32", False, _q6_k),
     30: GgufType("BF16", 1, 2),
 }
 """The types that can be read, by their number in the file."""

@@ -1,6 +1,6 @@
 """Group integers: 2- to 8-bit codes with one scale, and perhaps one minimum, per group of columns.
 
-value = scale * (code - offset) + min. The layout is described in `gristmill.formats.packed`.
+value = scale * (code - offset) + min; with E4M3 scales a little more. See `gristmill.formats.packed`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
+from gristmill.formats import fp8
 from gristmill.formats.packed import PLANES, ROWS, Packed, PackedSpec, round_up, unit
 
 INT4_GROUP, INT4_OFFSET = 32, 8
@@ -19,6 +20,7 @@ INT8_GROUP, INT8_OFFSET = 64, 128
 REQUANTISE_VERSION = 1
 """Raised whenever `quantise` starts to give other codes or scales, so that cached results are made anew."""
 
+_KINDS = {np.dtype(np.float16): "f16", np.dtype(np.float32): "f32", np.dtype(np.uint8): "e4m3"}
 _F16_MAX, _F32_MAX = 65504.0, float(np.finfo(np.float32).max)
 # Divisors of a group's largest value that are tried as its scale, for codes from -8 to 7: around 8, where the
 # largest value becomes the code -8, and around 7, where it becomes 7. Found by trying wider sets on normal,
@@ -33,12 +35,20 @@ _SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.63, 0.56, 0.48, 0.4)
 
 
 def spec(
-    shape: tuple[int, int], bits: int, group: int, offset: int, *, scales: str = "f16", mins: bool = False
+    shape: tuple[int, int],
+    bits: int,
+    group: int,
+    offset: int,
+    *,
+    scales: str = "f16",
+    mins: bool = False,
+    exponent: int = 0,
+    rounded: bool = False,
 ) -> PackedSpec:
     """The spec of a group-integer matrix; `group` 0 means the whole row."""
     if bits in PLANES:
         group = group or round_up(shape[1], max(8, unit(bits)))
-    return PackedSpec("group_int", shape, bits, group, offset, scales, mins)
+    return PackedSpec("group_int", shape, bits, group, offset, scales, mins, exponent, rounded)
 
 
 def pack(
@@ -49,11 +59,25 @@ def pack(
     bits: int,
     group: int,
     offset: int,
+    exponent: int = 0,
+    rounded: bool = False,
 ) -> Packed:
-    """Packs codes [N, K] with scales, and mins if any, [N, G] (both float16 or both float32)."""
+    """Packs codes [N, K] with scales, and mins if any, [N, G] (both float16 or both float32).
+
+    Scales of uint8 are E4M3 codes; exponent and rounded go with them, as `PackedSpec` says.
+    """
     n, k = codes.shape
-    kind = "f16" if scales.dtype == np.float16 else "f32"
-    result = spec((n, k), bits, group, offset, scales=kind, mins=mins is not None)
+    kind = _KINDS[scales.dtype]
+    result = spec(
+        (n, k),
+        bits,
+        group,
+        offset,
+        scales=kind,
+        mins=mins is not None,
+        exponent=exponent,
+        rounded=rounded,
+    )
     rows, columns = result.blocks * ROWS, result.columns
     if (n, k) != (rows, columns):
         padded = np.full((rows, columns), offset, np.uint8)
@@ -137,16 +161,17 @@ def unpack(packed: Packed) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any
 def decode(packed: Packed) -> NDArray[np.float64]:
     """The matrix [N, K] in float64.
 
-    Exact for float16 scales and for the float32 scales of GGUF's K-quants: there the product has at most 24
-    significant bits, and the sum with the minimum at most 53.
+    Exact for float16 and E4M3 scales and for the float32 scales of GGUF's K-quants: there the product has at
+    most 24 significant bits, and the sum with the minimum at most 53.
     """
     return values_of(*unpack(packed), packed.spec, np.float64)
 
 
 def decode_f32(packed: Packed) -> NDArray[np.float32]:
     """The matrix [N, K] in float32: `decode` rounded once."""
-    # A float16 scale times a code has at most 19 bits, so float32 rounds only in the sum, as float64 does.
-    if packed.spec.scales == "f16":
+    # A float16 scale times a code has at most 19 bits, an E4M3 one 12, so float32 rounds only in the sum, as
+    # float64 does.
+    if packed.spec.scales != "f32":
         return values_of(*unpack(packed), packed.spec, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         return decode(packed).astype(np.float32)
@@ -155,13 +180,19 @@ def decode_f32(packed: Packed) -> NDArray[np.float32]:
 def values_of(
     codes: NDArray[np.uint8], scales: NDArray[Any], mins: NDArray[Any] | None, spec: PackedSpec, dtype: Any
 ) -> NDArray[Any]:
-    """scale * (code - offset) + min of codes [N, K] as `dtype`."""
+    """scale * (code - offset) + min of codes [N, K] as `dtype`; of E4M3 scales as the spec says."""
     n, k = codes.shape
     values = np.zeros((n, spec.groups * spec.group), dtype)
     np.subtract(codes, dtype(spec.offset), out=values[:, :k], dtype=dtype)
     grouped = values.reshape(n, spec.groups, spec.group)
     with np.errstate(over="ignore", invalid="ignore"):
-        grouped *= scales.astype(dtype)[..., None]
+        if spec.scales == "e4m3":
+            grouped *= fp8.decode(scales).astype(dtype)[..., None]
+            if spec.rounded:
+                grouped[...] = fp8.round_e4m3(grouped)
+            grouped *= dtype(2.0**-spec.exponent)
+        else:
+            grouped *= scales.astype(dtype)[..., None]
         if mins is not None:
             grouped += mins.astype(dtype)[..., None]
     return values[:, :k]
@@ -208,20 +239,13 @@ def round_group_int(
     n, k = values.shape
     offset = 1 << (bits - 1) if symmetric else 0
     target = spec((n, k), bits, group, offset, scales=scales, mins=not symmetric)
-    fit = (
-        (_search_symmetric if symmetric else _search_range)
-        if clip == "mse"
-        else (_absmax if symmetric else _range)
-    )
     scale = np.empty(n * target.groups, np.float32)
     low = np.empty(0 if symmetric else n * target.groups, np.float32)
     # Zeros in a ragged last group change no symmetric fit; for the others the last value is repeated.
     for start, stop, x in _group_columns(values, target.group, "constant" if symmetric else "edge"):
-        with np.errstate(over="ignore"):
-            scale[start:stop], low[start:stop] = fit(x, bits)
-    dtype, most = (np.float16, _F16_MAX) if scales == "f16" else (np.float32, _F32_MAX)
-    stored = np.clip(scale, -most, most).astype(dtype).reshape(n, target.groups)
-    mins = None if symmetric else np.clip(low, -most, most).astype(dtype).reshape(n, target.groups)
+        scale[start:stop], low[start:stop] = fit_columns(x, bits, symmetric=symmetric, clip=clip)
+    stored = to_stored(scale, scales).reshape(n, target.groups)
+    mins = None if symmetric else to_stored(low, scales).reshape(n, target.groups)
     codes = encode_with(values, stored, mins, bits=bits, group=target.group, offset=offset)
     if symmetric and clip == "none":
         np.maximum(codes, 1, out=codes)
@@ -265,6 +289,25 @@ def encode_with(
 
 _Fit = tuple[NDArray[np.float32], NDArray[np.float32] | float]
 """Scales and minimums of the groups in the columns of x [group, n]."""
+
+
+def fit_columns(x: NDArray[np.float32], bits: int, *, symmetric: bool, clip: Literal["none", "mse"]) -> _Fit:
+    """Scales [n] and minimums [n] (0.0 if symmetric) of groups that lie in the columns of x [group, n].
+
+    As `round_group_int` says; float32, not yet rounded to the dtype they are stored in.
+    """
+    if clip == "mse":
+        fit = _search_symmetric if symmetric else _search_range
+    else:
+        fit = _absmax if symmetric else _range
+    with np.errstate(over="ignore"):
+        return fit(x, bits)
+
+
+def to_stored(values: NDArray[np.float32] | float, scales: Literal["f16", "f32"] = "f16") -> NDArray[Any]:
+    """Scales or minimums in the dtype they are stored in; beyond its range they take its largest value."""
+    dtype, most = (np.float16, _F16_MAX) if scales == "f16" else (np.float32, _F32_MAX)
+    return np.clip(values, -most, most).astype(dtype)
 
 
 def _group_columns(

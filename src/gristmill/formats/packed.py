@@ -12,6 +12,8 @@ column of sixteen rows. With nb = ceil(N / 16) and Kp = the padded columns:
 - their scales, and mins if any: float16 or float32 [nb, G, 16], G groups of `group` columns, the last one
   perhaps cut short: Kp is K rounded up to 64, or G * group if that is less.
   value = scale * (code - offset) + min.
+  Or scales in E4M3 (`gristmill.formats.fp8`), uint8 [nb, G, 16]: value = R(scale * (code - offset)) / 2^i,
+  where R rounds to E4M3 if the spec says `rounded`, and i is the spec's `exponent`.
 - dense bf16 and f16: [nb, Kp/2, 16, 2] (column pairs), f32: [nb, Kp, 16]; Kp = K rounded up to 8.
 
 Padding rows have scale 0 and min 0; padding columns have code == offset (or value 0), so that both add
@@ -20,7 +22,7 @@ nothing to a product with activations that are zero in the padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -45,6 +47,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 DENSE = ("f32", "bf16", "f16")
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bits per code -> widths of the planes that a code is cut into, its low bits first."""
+MAX_EXPONENT = 14
+"""Of the power of two that matrices with E4M3 scales are divided by."""
+_SCALES = {"f16": "F16", "f32": "F32", "e4m3": "U8"}
 _LIMIT = 2**31 - 1
 _TILE = 64
 _SPARSE_UNIT = 32
@@ -67,8 +72,9 @@ class PackedSpec:
     `format` is "group_int", "sparse24", "f32", "bf16" or "f16"; `shape` is (N, K), unpadded. The other fields
     concern the first two: `bits` per code (2, 3, 4, 5, 6 or 8; sparse24: 4), `group` columns per scale (a
     multiple of 8 and of `unit(bits)`, for sparse24 of 32; or the whole row, rounded up to that), `offset`
-    subtracted from a code (sparse24: 8), `scales` ("f16" or "f32", the dtype of scales and mins), `mins`
-    whether there are minimums (sparse24: none).
+    subtracted from a code (sparse24: 8), `scales` ("f16" or "f32", the dtype of scales and mins; group_int
+    without mins: "e4m3" as well), `mins` whether there are minimums (sparse24: none). `exponent` (0 to 14)
+    and `rounded` go with E4M3 scales.
     """
 
     format: str
@@ -78,11 +84,17 @@ class PackedSpec:
     offset: int = 0
     scales: str = ""
     mins: bool = False
+    exponent: int = 0
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         n, k = self.shape
         if not (0 < n <= _LIMIT and 0 < k <= _LIMIT):
             raise ModelError(f"a packed matrix of shape {n} x {k} is out of range")
+        if self.scales != "e4m3" and (self.exponent or self.rounded):
+            raise ModelError("only E4M3 scales go with an exponent and rounded products")
+        if not 0 <= self.exponent <= MAX_EXPONENT:
+            raise ModelError(f"the exponent {self.exponent} is not one from 0 to {MAX_EXPONENT}")
         if self.format in DENSE:
             if self.bits or self.group or self.offset or self.scales or self.mins:
                 raise ModelError(f"a matrix of {self.format} values has neither codes nor groups")
@@ -101,8 +113,11 @@ class PackedSpec:
             )
         if not 0 <= self.offset < 1 << self.bits:
             raise ModelError(f"the offset {self.offset} does not fit {self.bits}-bit codes")
-        if self.scales not in ("f16", "f32"):
-            raise ModelError(f"{self.format} scales are f16 or f32, not {self.scales[:40]!r}")
+        plain = self.format == "group_int" and not self.mins
+        if self.scales not in ("f16", "f32", "e4m3") or (self.scales == "e4m3" and not plain):
+            raise ModelError(
+                f"{self.format} scales are f16, f32 or, without minimums, e4m3, not {self.scales[:40]!r}"
+            )
 
     @property
     def blocks(self) -> int:
@@ -131,10 +146,10 @@ class PackedSpec:
         bits = 3 if self.format == "sparse24" else self.bits
         result: dict[str, tuple[str, tuple[int, ...]]] = {
             "codes": ("U8", (nb, self.columns * bits // 32, ROWS, 4)),
-            "scales": (self.scales.upper(), (nb, self.groups, ROWS)),
+            "scales": (_SCALES[self.scales], (nb, self.groups, ROWS)),
         }
         if self.mins:
-            result["mins"] = (self.scales.upper(), (nb, self.groups, ROWS))
+            result["mins"] = (_SCALES[self.scales], (nb, self.groups, ROWS))
         return result
 
     @property
@@ -153,6 +168,8 @@ class PackedSpec:
         if self.format not in DENSE:
             entry |= {"bits": self.bits, "group": self.group, "offset": self.offset}
             entry |= {"scales": self.scales, "mins": self.mins}
+        if self.scales == "e4m3":
+            entry |= {"exponent": self.exponent, "rounded": self.rounded}
         return entry
 
     @classmethod
@@ -166,13 +183,15 @@ class PackedSpec:
         shape = entry.get("shape")
         if not isinstance(shape, list) or len(shape) != 2 or any(type(d) is not int for d in shape):
             raise ModelError(f"tensor {where} has no valid shape in its format entry")
-        numbers = {key: entry.get(key, 0) for key in ("bits", "group", "offset")}
-        mins = entry.get("mins", False)
-        if any(type(value) is not int for value in numbers.values()) or type(mins) is not bool:
+        numbers = {key: entry.get(key, 0) for key in ("bits", "group", "offset", "exponent")}
+        flags = {key: entry.get(key, False) for key in ("mins", "rounded")}
+        if any(type(value) is not int for value in numbers.values()) or any(
+            type(value) is not bool for value in flags.values()
+        ):
             raise ModelError(f"the format entry of tensor {where} is damaged")
         try:
             form, scales = str(entry.get("format")), str(entry.get("scales", ""))
-            return cls(form, (shape[0], shape[1]), **numbers, scales=scales, mins=mins)
+            return cls(form, (shape[0], shape[1]), **numbers, **flags, scales=scales)
         except ModelError as error:
             raise ModelError(f"tensor {where}: {error}") from None
 
@@ -247,8 +266,7 @@ class Packed:
         n, k = self.shape
         if start % ROWS or not 0 <= start < stop <= n:
             raise ValueError(f"rows {start}..{stop} of {n} do not begin at a block of {ROWS}")
-        s = self.spec
-        spec = PackedSpec(s.format, (stop - start, k), s.bits, s.group, s.offset, s.scales, s.mins)
+        spec = replace(self.spec, shape=(stop - start, k))
         first, last = start // ROWS, -(-stop // ROWS)
         return Packed(spec, {name: array[first:last] for name, array in self.arrays.items()})
 

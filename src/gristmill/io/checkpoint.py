@@ -1,6 +1,7 @@
 """Checkpoint directories: config.json, tokenizer files, model.safetensors, recipe.yaml, report.json.
 
-Where a recipe has changed what the model computes, program.json holds the semantic program to run.
+Where a recipe has changed what the model computes, program.json holds the semantic program to run; where it
+has scaled channels, smoothing.safetensors holds the scales, which only adapters need (see `gristmill.io.lora`).
 
 The config is a Hugging Face one; its `quantization_config` has `"quant_method": "gristmill"`, `"version": 1`
 and under `tensors` the format of every matrix (see `gristmill.formats.packed`). A matrix `x` is stored as
@@ -16,7 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +29,8 @@ from gristmill.errors import ModelError
 from gristmill.formats.packed import DTYPES, ROWS, Packed, PackedSpec
 from gristmill.io.expected import Shapes, check_tensors, expected_tensors
 from gristmill.io.json_file import parse_object, read_object
-from gristmill.io.mapped import read_small, short
+from gristmill.io.mapped import map_file, read_small, short
+from gristmill.io import safetensors
 from gristmill.io.safetensors import SafetensorsFile, Writer, byte_view
 
 if TYPE_CHECKING:
@@ -38,7 +40,9 @@ VERSION = 1
 """Version of the directory's format."""
 WEIGHTS = "model.safetensors"
 PROGRAM = "program.json"
+SMOOTHING = "smoothing.safetensors"
 _PROGRAM_LIMIT = 64 << 20
+_AXES = ("rows", "columns")
 _CHUNK = 1 << 20
 """Weights of one piece: bounds the memory of a conversion whatever the model's size."""
 _WORKERS = 8
@@ -73,6 +77,8 @@ class Vector:
 
 
 Item = Matrix | Vector
+Factors = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""How matrices were scaled by moving scales between them: name -> factors of the rows and of the columns."""
 
 
 def dump_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -89,6 +95,7 @@ def write(
     report: Mapping[str, Any],
     recipe: str,
     program: Program | None = None,
+    factors: Factors | None = None,
     activations: str | None = None,
     progress: Progress | None = None,
     label: str = "converting",
@@ -96,6 +103,7 @@ def write(
     """Writes config, weights, recipe and report into an existing directory.
 
     program: what to run, if it is not what the config alone says; it names the same tensors as `items`.
+    factors: of matrices whose rows or columns a recipe has scaled.
     activations: the arithmetic that the recipe means the linear layers to have, unless a user asks otherwise.
 
     Matrices are made in pieces, a few at a time on all processors, so that memory stays small. Raises OSError
@@ -139,6 +147,12 @@ def write(
         text = program.to_json().encode()
         (directory / PROGRAM).write_bytes(text)
         hashes[PROGRAM] = hashlib.sha256(text).hexdigest()
+    if factors:
+        vectors = {
+            f"{name}.{axis}": pair[i] for name, pair in factors.items() for i, axis in enumerate(_AXES)
+        }
+        safetensors.write(directory / SMOOTHING, vectors)
+        hashes[SMOOTHING] = hashlib.sha256(map_file(directory / SMOOTHING)).hexdigest()
     dump_json(directory / "report.json", {"version": VERSION, **report, **figures, "sha256": hashes})
     (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
@@ -282,6 +296,27 @@ class Checkpoint:
         values: NDArray[np.float32] = self._file.array(name)
         return values
 
+    @cached_property
+    def factors(self) -> Factors:
+        """How a recipe has scaled rows and columns of matrices; empty if none did.
+
+        ModelError if what is stored of it does not fit the matrices.
+        """
+        path = self.directory / SMOOTHING
+        if not path.is_file():
+            return {}
+        file = SafetensorsFile(path)
+        result: Factors = {}
+        for name in dict.fromkeys(entry.rpartition(".")[0] for entry in file.entries):
+            pair = tuple(file.array(f"{name}.{axis}") for axis in _AXES)
+            shape = self.specs[name].shape if name in self.specs else None
+            if any(v.dtype != np.float32 or v.ndim != 1 for v in pair) or tuple(map(len, pair)) != shape:
+                raise ModelError(f"{path}: the factors of {short(name)} do not fit the model")
+            if not all(np.all((v > 0) & np.isfinite(v)) for v in pair):
+                raise ModelError(f"{path}: the factors of {short(name)} are not all positive and finite")
+            result[name] = (pair[0], pair[1])
+        return result
+
     def extents(self, name: str) -> dict[str, Extent]:
         """Where the stored arrays of a matrix (by part) or of a vector (under "values") lie in the file."""
         spec = self.specs.get(name)
@@ -318,6 +353,10 @@ class Checkpoint:
             text = read_small(self.directory / PROGRAM, _PROGRAM_LIMIT)
             if hashes.get(PROGRAM) != hashlib.sha256(text).hexdigest():
                 raise ModelError(f"{self.directory / PROGRAM} is not what was written (SHA-256 differs)")
+        smoothing = self.directory / SMOOTHING
+        if smoothing.is_file() or SMOOTHING in hashes:
+            if hashes.get(SMOOTHING) != hashlib.sha256(map_file(smoothing)).hexdigest():
+                raise ModelError(f"{smoothing} is not what was written (SHA-256 differs)")
         for name in self._file.entries:
             digest = hashlib.sha256(byte_view(self._file.array(name))).hexdigest()
             if hashes.get(name) != digest:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 """The weight modes: as stored in the source, or converted."""
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised whenever conversion gives another result, so that cached checkpoints are made anew."""
 _SIDE_LIMIT = 64 << 20
 
@@ -392,6 +392,7 @@ def _requantise(stored: Path, directory: Path, weights: str, progress: Progress 
         report=kept,
         recipe=_recipe(weights),
         program=source.program() if source.edited else None,
+        factors=source.factors,
         activations=source.activations,
         progress=progress,
         label=f"converting to {weights}",

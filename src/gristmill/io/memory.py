@@ -15,10 +15,9 @@ from typing import Any
 
 from gristmill.errors import GristmillError, UsageError
 from gristmill.program.batch import MAX_STEP_TOKENS
+from gristmill.program.kv import KV_DEFAULT, check_kv_dtype, kv_bytes, kv_formats
 from gristmill.program.nodes import CONSTANT, WINDOW, Program
 
-KV_BYTES = {"f32": 4, "bf16": 2}
-"""Bytes of one number in the KV cache."""
 RESERVE = 128 << 20
 """Bytes set aside for the interpreter, the buffers of a step and the logits."""
 BLOCK_TOKENS = 16
@@ -35,9 +34,10 @@ class MemoryPlanError(GristmillError):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one state keeps: `elements` numbers per token, for `window` tokens or (0) for all of them."""
+    """What one state keeps: arrays of these shapes per token, for `window` tokens or (0) for all of them."""
 
-    elements: int
+    shapes: tuple[tuple[int, ...], ...]
+    kv_format: str
     window: int = 0
     constant: bool = False
     """One entry per sequence, however long it is."""
@@ -51,6 +51,10 @@ class Layer:
             spans = -(-(self.window + MAX_STEP_TOKENS) // SPAN_TOKENS) + 1
             blocks = min(blocks, spans * SPAN_TOKENS // BLOCK_TOKENS)
         return blocks * BLOCK_TOKENS
+
+    def nbytes(self, context: int) -> int:
+        """Bytes of a sequence of at most `context` tokens."""
+        return int(kv_bytes(self.shapes, self.kv_format, self.tokens(context)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ class Plan:
 def plan(
     model: Program | Mapping[str, Any],
     weight_bytes: int,
-    kv_dtype: str,
+    kv_dtype: str | None,
     context: int,
     sequences: int = 1,
     *,
@@ -113,18 +117,18 @@ def plan(
 ) -> Plan:
     """Plans `sequences` sequences of up to `context` tokens of a model (its program, or its config).
 
-    Does not raise for lack of memory: `Plan.check` does. `available` (bytes, what limits them) is measured
-    unless given. UsageError for an unknown KV dtype or counts below 1; ModelError for a damaged config.
+    kv_dtype None: as the program says, else bf16. Does not raise for lack of memory: `Plan.check` does.
+    `available` (bytes, what limits them) is measured unless given. UsageError for an unknown KV dtype or
+    counts below 1; ModelError for a damaged config.
     """
-    if kv_dtype not in KV_BYTES:
-        raise UsageError(f"kv_dtype must be one of {', '.join(KV_BYTES)}, not {kv_dtype!r}")
+    check_kv_dtype(kv_dtype)
     if context < 1 or sequences < 1:
         raise UsageError(f"a context of {context} tokens for {sequences} sequences cannot be planned")
-    layers, parameters = _layers(model)
+    layers, parameters = _layers(model, kv_dtype)
     total, limited_by = available or available_memory()
 
     def kv(tokens: int) -> int:
-        return sequences * KV_BYTES[kv_dtype] * sum(layer.elements * layer.tokens(tokens) for layer in layers)
+        return sequences * sum(layer.nbytes(tokens) for layer in layers)
 
     def fits(tokens: int, weights: int = weight_bytes) -> bool:
         return weights + kv(tokens) + RESERVE <= total
@@ -134,8 +138,9 @@ def plan(
     if not largest:
         sizes = {mode: int(parameters * bits / 8) for mode, bits in _REQUANTISED_BITS.items()}
         smaller = next((m for m, size in sizes.items() if size < weight_bytes and fits(context, size)), None)
+    formats = "+".join(sorted({layer.kv_format for layer in layers}))
     return Plan(
-        weight_bytes, kv(context), RESERVE, total, limited_by, context, sequences, kv_dtype, largest, smaller
+        weight_bytes, kv(context), RESERVE, total, limited_by, context, sequences, formats, largest, smaller
     )
 
 
@@ -149,21 +154,28 @@ def _largest(context: int, fits: Any) -> int:
     return low // step * step
 
 
-def _layers(model: Program | Mapping[str, Any]) -> tuple[list[Layer], int]:
+def _layers(model: Program | Mapping[str, Any], kv_dtype: str | None) -> tuple[list[Layer], int]:
     """The states of a model, and the number of its weights."""
     if isinstance(model, Program):
+        formats = kv_formats(model, kv_dtype)
         states = [
-            Layer(state.elements, state.window if state.growth == WINDOW else 0, state.growth == CONSTANT)
-            for state in model.states.values()
+            Layer(
+                tuple(state.entry.values()),
+                formats[name],
+                state.window if state.growth == WINDOW else 0,
+                state.growth == CONSTANT,
+            )
+            for name, state in model.states.items()
         ]
         return states, sum(prod(weight.shape) for weight in model.weights.values())
     from gristmill.io.expected import expected_tensors
     from gristmill.models import read_config
 
     config = read_config(model)
-    elements = 2 * config.kv_heads * config.head_dim
-    shapes = expected_tensors(model).values()
-    return [Layer(elements, window) for window in config.windows], sum(prod(shape) for shape in shapes)
+    entry = ((2, config.kv_heads, config.head_dim),)
+    tensors = expected_tensors(model).values()
+    layers = [Layer(entry, kv_dtype or KV_DEFAULT, window) for window in config.windows]
+    return layers, sum(prod(shape) for shape in tensors)
 
 
 def _size(count: int) -> str:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 STACKABLE: dict[str, frozenset[str]] = {
     # Slot -> the slots that must come later on the same tensor.
-    "smoothing": frozenset({"permutation", "low_rank", "pruning", "rounding"}),
-    "rotation": frozenset({"permutation", "low_rank", "pruning", "rounding"}),
-    "permutation": frozenset({"low_rank", "pruning", "rounding"}),
+    "smoothing": frozenset({"permutation", "low_rank", "pruning", "rounding", "activation_encoding"}),
+    "rotation": frozenset({"permutation", "low_rank", "pruning", "rounding", "activation_encoding"}),
+    "permutation": frozenset({"low_rank", "pruning", "rounding", "activation_encoding"}),
     "low_rank": frozenset({"pruning", "rounding"}),
     "pruning": frozenset({"rounding"}),
     "key_scaling": frozenset({"rounding", "low_rank"}),

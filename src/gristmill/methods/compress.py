@@ -105,6 +105,7 @@ def write(
         "weights": recipe.name or "recipe",
         "methods": [entry.method.name for entry in recipe.entries],
         "calibration": draft.calibrated_on,
+        "notes": draft.notes,
         "source": kept.get("source"),
         "gristmill": __version__,
     }
@@ -118,6 +119,7 @@ def write(
         report=report,
         recipe=recipe.to_yaml(),
         program=draft.program if edited else None,
+        factors=draft.factors,
         activations=draft.activations,
         progress=progress,
         label="writing",

@@ -7,6 +7,7 @@ it from there and, since everything else is computed anew in the same order, end
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats.packed import Packed, PackedSpec, decode_f32
-from gristmill.io.checkpoint import Checkpoint, Progress
+from gristmill.io.checkpoint import Checkpoint, Factors, Progress
 from gristmill.io.safetensors import SafetensorsFile, Writer
 from gristmill.methods.recipe import Calibration
 
 if TYPE_CHECKING:
     from gristmill.backends.reference import ReferenceExecutor
+    from gristmill.calibrate.sites import Site
     from gristmill.program.nodes import Program
 
 Arrays = dict[str, NDArray[Any]]
@@ -49,6 +51,10 @@ class Draft:
         """Finished matrices; `weight` gives what they decode to."""
         self.changed: set[str] = set()
         """Tensors whose values are no longer the source's."""
+        self.factors: Factors = dict(source.factors)
+        """How rows and columns of matrices were scaled by `fold`, by its methods before and by the source's."""
+        self.notes: list[str] = []
+        """What a method did otherwise than asked, one line each: goes into the report."""
         self.progress: Progress = progress or (lambda label, done, total: None)
         self.activations: str | None = None
         """The arithmetic of the linear layers that the methods mean, if not the default."""
@@ -89,6 +95,23 @@ class Draft:
         self._weights.pop(name, None)
         if self._executor is not None:
             self._update(name, decode_f32(packed))
+
+    def fold(self, site: Site, factors: NDArray[np.floating]) -> None:
+        """Moves scales at a site (see `calibrate.sites.fold`) and keeps them for adapters."""
+        from gristmill.calibrate.sites import fold
+
+        changed = fold({part.weight: self.weight(part.weight) for part in site.parts}, site, factors)
+        for name, values in changed.items():
+            self.set(name, values)
+        for part in site.parts:
+            shape = self.program.weights[part.weight].shape
+            if len(shape) == 2:
+                axes = list(self.factors.get(part.weight) or (np.ones(n, np.float32) for n in shape))
+                scale = np.asarray(factors, np.float64)[part.channels]
+                axes[part.axis] = (axes[part.axis] * (scale if part.consumes else 1 / scale)).astype(
+                    np.float32
+                )
+                self.factors[part.weight] = (axes[0], axes[1])
 
     def edit(self, program: Program) -> None:
         """Replaces the program (see `gristmill.program.edits`). New weights must be `set` before it runs."""
@@ -131,20 +154,23 @@ class Draft:
     def once(self, key: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
         """The arrays that `compute` gives, or gave before the run was interrupted.
 
-        key: names the piece of work; the same calls must come in the same order in every run.
+        key: names the piece of work; the same calls must come in the same order in every run. Notes that it
+        adds are kept with them.
         """
         self._step += 1
         if self._kept is None:
             return dict(compute())
+        known = len(self.notes)
         digest = hashlib.sha256(f"{self._step} {key}".encode()).hexdigest()[:16]
         path = self._kept / f"{self._step:05d}-{digest}.safetensors"
         if path.is_file():
             file = SafetensorsFile(path)
+            self.notes += json.loads(file.metadata["notes"])
             return {name: np.array(file.array(name)) for name in file.entries}
         arrays = {name: np.ascontiguousarray(value) for name, value in compute().items()}
         layout = {name: (_KINDS[value.dtype.str[1:]], value.shape) for name, value in arrays.items()}
         partial = path.with_suffix(".partial")
-        with Writer(partial, layout) as out:
+        with Writer(partial, layout, {"notes": json.dumps(self.notes[known:])}) as out:
             for name, value in arrays.items():
                 out.write(name, 0, value)
         os.replace(partial, path)
@@ -154,16 +180,12 @@ class Draft:
         """`pack` of several matrices whose packing takes long."""
 
         def arrays() -> Arrays:
-            import json
-
             result: Arrays = {}
             for name, packed in compute().items():
                 result |= {f"{name}/{part}": array for part, array in packed.arrays.items()}
                 spec = json.dumps(packed.spec.to_json()).encode()
                 result[f"{name}/spec"] = np.frombuffer(spec, np.uint8)
             return result
-
-        import json
 
         found = self.once(key, arrays)
         for name in names:

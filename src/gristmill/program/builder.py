@@ -128,11 +128,18 @@ class Builder:
         return self.add_node("linear", name or node_name(module), (x,), weights)[0]
 
     def encode(
-        self, name: str, x: str, *, group: int = 0, bits: Sequence[int] = (), order: str | None = None
+        self,
+        name: str,
+        x: str,
+        *,
+        group: int = 0,
+        bits: Sequence[int] = (),
+        fp8: bool = False,
+        order: str | None = None,
     ) -> str:
-        """x rounded to integers, or (without bits) its columns in the order of a vector of that name."""
+        """x rounded to integers or E4M3, or (with neither) its columns in the order of a named vector."""
         weights = () if order is None else (self.weight(order, self.width(x)),)
-        kind = "int" if bits else "none"
+        kind = "int" if bits else "fp8" if fp8 else "none"
         return self.add_node("encode", name, (x,), weights, kind=kind, group=group, bits=list(bits))[0]
 
     def attention(
@@ -148,8 +155,13 @@ class Builder:
         scale: float,
         window: int = 0,
         rope: Mapping[str, Any] | None = None,
+        key_scale: str | None = None,
+        kv_format: str = "",
     ) -> str:
-        """Causal attention with a KV state of its own, named after the node."""
+        """Causal attention with a KV state of its own, named after the node.
+
+        key_scale: name of a weight [kv_heads * head_dim] that scales keys after the rotation.
+        """
         state = State(
             f"{name}.kv",
             name,
@@ -161,6 +173,7 @@ class Builder:
             "attention",
             name,
             (q, k, v),
+            () if key_scale is None else (self.weight(key_scale, kv_heads * head_dim),),
             state=state,
             heads=heads,
             kv_heads=kv_heads,
@@ -168,6 +181,7 @@ class Builder:
             scale=scale,
             window=window,
             rope=None if rope is None else dict(rope),
+            **({"kv_format": kv_format} if kv_format else {}),
         )[0]
 
     def gated(self, name: str, gate: str, up: str, activation: str) -> str:

@@ -167,10 +167,10 @@ def infer(
 
 
 def _check_attributes(op: Op, attributes: Mapping[str, Any]) -> None:
-    if set(attributes) != set(op.attributes):
+    if set(attributes) | set(op.free) != set(op.attributes):
         raise ProgramError(f"has the attributes {sorted(attributes)}, not {sorted(op.attributes)}")
-    for name, kind in op.attributes.items():
-        value = attributes[name]
+    for name, value in attributes.items():
+        kind = op.attributes[name]
         choices = kind if isinstance(kind, tuple) else (kind,)
         # The exact type, so that True is no int and equal programs have equal text.
         good = (value if isinstance(choices[0], str) else type(value)) in choices

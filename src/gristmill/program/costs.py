@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from gristmill.program.kv import kv_bytes, kv_formats
 from gristmill.program.nodes import Node, Program, State
 from gristmill.program.ops import COLUMNS, OPS, Site, shape_text
 
@@ -98,14 +99,15 @@ class Cost:
 
 
 def step_costs(
-    program: Program, work: Work, weight_bytes: WeightBytes | None = None, kv_element_bytes: float = 2
+    program: Program, work: Work, weight_bytes: WeightBytes | None = None, kv_dtype: str | None = None
 ) -> dict[str, Cost]:
     """The cost of every node, by its name, in program order.
 
     weight_bytes: stored bytes of each tensor (a mapping or a function); without it, float32.
-    kv_element_bytes: of one number in a state (2 for bf16, 4 for f32).
+    kv_dtype: format of all keys and values; None: the program's, else bf16.
     """
     result = {}
+    formats = kv_formats(program, kv_dtype)
     for node in program.nodes:
         site = _site(program, node)
         op = OPS[node.op]
@@ -116,18 +118,20 @@ def step_costs(
                 rows = work.rows(program.buffers[node.outputs[0]].shape[0])
                 stored *= min(1.0, rows / weight.shape[0])
             weights += stored
-        read = written = 0
+        read = written = 0.0
         if site.state is not None:
-            read, written = work.touched(site.state)
-            read, written = read * site.state.elements, written * site.state.elements
+            read, written = (
+                kv_bytes(site.state.entry.values(), formats[site.state.name], entries)
+                for entries in work.touched(site.state)
+            )
         buffers = sum(
             4 * _elements(work, program.buffers[name].shape) for name in (*node.inputs, *node.outputs)
         )
         result[node.name] = Cost(
             op.operations(site, work),
             weights,
-            read * kv_element_bytes,
-            written * kv_element_bytes,
+            read,
+            written,
             buffers,
         )
     return result
@@ -157,9 +161,12 @@ def parameters(program: Program) -> int:
     return total
 
 
-def state_bytes(program: Program, tokens: int, element_bytes: float = 2) -> float:
-    """Bytes that one sequence of `tokens` tokens keeps in all states."""
-    return sum(s.entries(tokens) * s.elements * element_bytes for s in program.states.values())
+def state_bytes(program: Program, tokens: int, kv_dtype: str | None = None) -> float:
+    """Bytes that one sequence of `tokens` tokens keeps in all states; kv_dtype as in `step_costs`."""
+    formats = kv_formats(program, kv_dtype)
+    return sum(
+        kv_bytes(s.entry.values(), formats[name], s.entries(tokens)) for name, s in program.states.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)

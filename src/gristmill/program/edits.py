@@ -6,7 +6,7 @@ declared here; whoever edits the program supplies them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from gristmill.program.checker import check
@@ -14,11 +14,14 @@ from gristmill.program.nodes import Node, Program, ProgramError, Weight
 from gristmill.program.passes import rewrite
 
 
-def linears_of(program: Program) -> dict[str, list[Node]]:
-    """Input buffer -> the linears that read it, in program order: q/k/v together, gate/up together."""
+def linears_of(program: Program, weights: Collection[str] | None = None) -> dict[str, list[Node]]:
+    """Input buffer -> the linears that read it, in program order: q/k/v together, gate/up together.
+
+    weights: only the linears of these matrices.
+    """
     result: dict[str, list[Node]] = {}
     for node in program.nodes:
-        if node.op == "linear":
+        if node.op == "linear" and (weights is None or node.weights[0] in weights):
             result.setdefault(node.inputs[0], []).append(node)
     return result
 
@@ -29,12 +32,14 @@ def round_inputs(
     *,
     group: int = 0,
     bits: Sequence[int] = (),
+    fp8: bool = False,
     order: str | None = None,
 ) -> Program:
     """Puts one `encode` in front of linears (node names) that read the same buffer.
 
-    group, bits: as the op says; without bits only the columns are put in order. order: the name of a vector
-    weight that is declared here. ProgramError if the linears read different buffers or a rounded one.
+    group, bits: of kind int, as the op says; fp8: kind fp8; with neither, the columns are put in order.
+    order: the name of a vector weight that is declared here. ProgramError if the linears read different
+    buffers or a rounded one.
     """
     nodes = [program.node(name) for name in linears]
     sources = {node.inputs[0] for node in nodes}
@@ -57,7 +62,7 @@ def round_inputs(
         (name,),
         () if order is None else (order,),
         None,
-        {"kind": "int" if bits else "none", "group": group, "bits": list(bits)},
+        {"kind": "int" if bits else "fp8" if fp8 else "none", "group": group, "bits": list(bits)},
     )
     chosen = set(linears)
     changed: list[Node] = []
@@ -118,6 +123,31 @@ def add_branch(program: Program, linears: Sequence[str], rank: int, *, name: str
     if program.output in renamed:
         program = replace(program, output=renamed[program.output])
     return _checked(replace(program, weights=weights), changed, "add_branch")
+
+
+def keep_keys(
+    program: Program, attention: Sequence[str], *, kv_format: str = "", scaled: bool = False
+) -> Program:
+    """Says how attention nodes (by name) keep keys and values: the op's `kv_format`; "" leaves it as it is.
+
+    scaled: declares `<node>.key_scale` [kv_heads * head_dim], which multiplies keys after the rotation.
+    ProgramError for an unknown format, or if the keys are scaled already.
+    """
+    weights = dict(program.weights)
+    changed: list[Node] = []
+    for node in program.nodes:
+        if node.name not in attention:
+            changed.append(node)
+            continue
+        a, names = node.attributes, node.weights
+        if scaled:
+            if names:
+                raise ProgramError(f"the keys of {node.name!r} are scaled already")
+            names = (f"{node.name}.key_scale",)
+            weights[names[0]] = Weight(names[0], (a["kv_heads"] * a["head_dim"],))
+        attributes = {**a, "kv_format": kv_format} if kv_format else a
+        changed.append(replace(node, weights=names, attributes=attributes))
+    return _checked(replace(program, weights=weights), changed, "keep_keys")
 
 
 def _checked(program: Program, nodes: Iterable[Node], stage: str) -> Program:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gristmill.program.kv import KV_FORMATS
 from gristmill.program.nodes import (
     LOWERED,
     PER_TOKEN,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from gristmill.program.costs import Work
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-ENCODINGS = ("none", "int")
+ENCODINGS = ("none", "int", "fp8")
 DTYPES = ("f32",)
 
 
@@ -140,6 +141,8 @@ class Op:
     columns: tuple[str, ...]
     attributes: Mapping[str, Any]
     """A type, or a tuple of the strings allowed."""
+    free: tuple[str, ...]
+    """Attributes that may be missing."""
     state: bool
     """Appends to the state it owns, then reads it."""
     level: str
@@ -186,6 +189,7 @@ def op(
     optional: int = 0,
     columns: tuple[str, ...] = (),
     attributes: Mapping[str, Any] | None = None,
+    free: tuple[str, ...] = (),
     state: bool = False,
     level: str = SEMANTIC,
     rowwise: bool = True,
@@ -208,6 +212,7 @@ def op(
             optional,
             columns,
             attributes or {},
+            free,
             state,
             level,
             rowwise,
@@ -283,18 +288,19 @@ def linear(s: Site) -> tuple[Shape, ...]:
     operations=_per_element(3),
 )
 def encode(s: Site) -> tuple[Shape, ...]:
-    """y = Q(x[:, order]): the row as an integer linear is given it; without order, its own columns
+    """y = Q(x[:, order]): the row as a quantised linear is given it; without order, its own columns
 
     kind int: per row and group of `group` columns (the last may be ragged), with L = 2^(b - 1) - 1 and b the
     group's entry of `bits`, or its only one: scale = max|x| / L, y = scale * round(x / scale), to even.
+    kind fp8: per row, with a = max|x| / 448 (1 for a row of zeros): y = a * E4M3(x / a).
     kind none: the columns alone.
     """
     a, width = s.node.attributes, s.matrix(0)[1]
     if s.weights:
         s.vector(0, width)
-    if a["kind"] == "none":
-        if a["group"] or a["bits"] or not s.weights:
-            s.fail("encode of kind none takes an order, and neither group nor bits")
+    if a["kind"] != "int":
+        if a["group"] or a["bits"] or not (s.weights or a["kind"] == "fp8"):
+            s.fail(f"encode of kind {a['kind']} takes neither group nor bits; kind none takes an order")
         return (s.inputs[0].shape,)
     if a["group"] < 8 or a["group"] % 8:
         s.fail(f"groups are multiples of 8 columns, not {a['group']}")
@@ -307,6 +313,8 @@ def encode(s: Site) -> tuple[Shape, ...]:
 @op(
     "attention",
     inputs=("q", "k", "v"),
+    weights=("key_scale",),
+    optional=1,
     columns=("position", "sequence"),
     attributes={
         "heads": int,
@@ -315,7 +323,9 @@ def encode(s: Site) -> tuple[Shape, ...]:
         "scale": float,
         "window": int,
         "rope": (dict, type(None)),
+        "kv_format": ("", *KV_FORMATS),
     },
+    free=("kv_format",),
     state=True,
     rowwise=False,
     operations=_attention,
@@ -324,8 +334,10 @@ def attention(s: Site) -> tuple[Shape, ...]:
     """y[i, h] = sum_j softmax_j(scale * <R(p_i) q[i, h], R(p_j) k[j, g]>) v[j, g], g = h * kv_heads // heads
 
     j runs over the tokens of i's sequence, those of earlier steps included, with p_i - window < p_j <= p_i
-    (window 0: no lower bound). R(p) rotates as `rope` does, nothing if the attribute is None. The rotated k
-    and v of the step are appended to the state first.
+    (window 0: no lower bound). R(p) rotates as `rope` does, nothing if the attribute is None; with the weight
+    key_scale [kv_heads * head_dim] the rotated k[j, g] is then multiplied by the scales of head g and the
+    rotated q[i, h] divided by them. The k so made and v are appended to the state first, in the format
+    `kv_format` (missing or "": as the executor is told), and seen as they are kept.
     """
     a = s.node.attributes
     heads, kv_heads, head_dim, window = a["heads"], a["kv_heads"], a["head_dim"], a["window"]
@@ -337,6 +349,8 @@ def attention(s: Site) -> tuple[Shape, ...]:
     s.width(0, heads * head_dim)
     s.width(1, kv_heads * head_dim)
     s.same(1, 2)
+    if s.weights:
+        s.vector(0, kv_heads * head_dim)
     if any(s.matrix(i)[0] != "tokens" for i in range(3)):
         s.fail("attention runs over the tokens dimension only")
     entry = {"k": (kv_heads, head_dim), "v": (kv_heads, head_dim)}

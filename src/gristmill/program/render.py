@@ -57,7 +57,7 @@ def render(
     *,
     weight_bytes: WeightBytes | None = None,
     formats: Mapping[str, str] | None = None,
-    kv_element_bytes: float = 2,
+    kv_dtype: str | None = None,
     level: str = SEMANTIC,
     collapse: bool = True,
 ) -> Rendering:
@@ -65,7 +65,7 @@ def render(
 
     work: the step whose bytes and operations are counted; without it, the next token of one sequence of 512.
     weight_bytes: stored bytes of each tensor by name (a mapping or a function); without it, float32.
-    formats: a short text per tensor, as far as known. kv_element_bytes: of one number in a state. level:
+    formats: a short text per tensor, as far as known. kv_dtype: as in `step_costs`. level:
     `semantic`, or `lowered` to see it after the passes in LOWERING (a program that is lowered already stays
     so); UsageError for another.
     """
@@ -73,7 +73,7 @@ def render(
         raise UsageError(f"level must be {SEMANTIC} or {LOWERED}, not {level!r}")
     if level == LOWERED and program.level == SEMANTIC:
         program = lower(program, LOWERING)
-    costs = step_costs(program, work or Work.decode(1, 512), weight_bytes, kv_element_bytes)
+    costs = step_costs(program, work or Work.decode(1, 512), weight_bytes, kv_dtype)
     return Rendering(
         name=program.name,
         level=program.level,
@@ -84,5 +84,5 @@ def render(
         nodes=len(program.nodes),
         parameters=parameters(program),
         weight_bytes=weight_total(program, weight_bytes),
-        state_bytes_per_token=state_bytes(program, 1, kv_element_bytes),
+        state_bytes_per_token=state_bytes(program, 1, kv_dtype),
     )

@@ -21,6 +21,8 @@ def compressed_table(report: Mapping[str, Any]) -> RenderableType:
         table.add_row("calibrated on", f"{text['tokens']} tokens of {text['text']}")
     table.add_row("bits per weight", f"{report['bits_per_weight']:.2f}")
     table.add_row("size", size(report["weight_bytes"]))
+    for note in report["notes"]:
+        table.add_row("note", note)
     if quality := report.get("quality"):
         table.add_row("KL to the base (nats)", f"{quality['kl_mean']:.4g}")
         table.add_row("top-1 agreement", f"{100 * quality['top1_agreement']:.2f} %")

@@ -32,6 +32,12 @@ class Encoding(enum.Enum):
     F32 = 0
     BF16 = 1
     INT8 = 2
+    FP8 = 3
+
+class KvFormat(enum.Enum):
+    F32 = 0
+    BF16 = 1
+    INT4 = 2
 
 class Pool:
     def __init__(self, threads: int) -> None: ...
@@ -67,6 +73,8 @@ class Program:
         groups: int,
         offset: int,
         wide_scales: bool,
+        exponent: int,
+        rounded: bool,
         values: int,
         scales: int,
         mins: int,
@@ -89,6 +97,7 @@ class Program:
         group: int = 0,
         limits: Sequence[float] = [],
         order: Sequence[int] = [],
+        fp8: bool = False,
     ) -> None: ...
     def add_linears(
         self, name: str, terms: Sequence[tuple[Sequence[tuple[int, int, int]], int, int, bool]], gate: int
@@ -107,12 +116,11 @@ class Program:
         scale: float,
         window: int,
         rope: int,
+        key_scale: int,
         bf16_math: bool,
     ) -> None: ...
     def add_select_rows(self, name: str, in_: int, out: int) -> None: ...
-    def set_geometry(
-        self, layers: Sequence[tuple[int, int, int]], element_bytes: int, max_step: int
-    ) -> None: ...
+    def set_geometry(self, layers: Sequence[tuple[int, int, int, KvFormat]], max_step: int) -> None: ...
     def set_logits(self, buffer: int) -> None: ...
     def allocate(self, capacity: int) -> KvView: ...
     def run(
@@ -160,9 +168,10 @@ class AttentionLayer:
         head_dim: int,
         scale: float,
         window: int,
-        kv_bf16: bool,
+        kv: KvFormat,
         bf16_math: bool,
         max_step: int,
+        key_scale: _F32,
     ) -> None: ...
     def allocate(self, capacity: int, fill: int = 0) -> KvView: ...
     def run(
@@ -195,6 +204,8 @@ def linear(
     groups: int,
     offset: int,
     wide: bool,
+    exponent: int,
+    rounded: bool,
     values: _U8,
     scales: _U8,
     mins: _U8,
@@ -216,6 +227,8 @@ def decode_row(
     groups: int,
     offset: int,
     wide: bool,
+    exponent: int,
+    rounded: bool,
     values: _U8,
     scales: _U8,
     mins: _U8,

@@ -15,6 +15,7 @@ from gristmill.backends.native.lower import lower, prompt_in_bf16
 from gristmill.backends.native.weights import NativeWeight, WeightStore
 from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
 from gristmill.program.batch import MAX_STEP_TOKENS, Batch, CancelFlag, KVView
+from gristmill.program.kv import kv_formats
 from gristmill.program.nodes import Program
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from gristmill.io.checkpoint import Checkpoint, Extent
 
 ACTIVATIONS = ("exact", "bf16", "fast")
-KV_DTYPES = ("f32", "bf16")
+_KV_FORMATS = {
+    "f32": _native.KvFormat.F32,
+    "bf16": _native.KvFormat.BF16,
+    "int4": _native.KvFormat.INT4,
+}
 _NO_CANCEL = np.zeros(0, np.int32)
 
 
@@ -85,8 +90,9 @@ class NativeExecutor:
 
     extents: where a weight's arrays lie in a file; with it they are read from there rather than through the
     map, so that the pages do not count twice. activations: `exact` (f32), `bf16`, or `fast` (int8 per token
-    and group for integer weights; float weights as stored). kv_dtype: `f32` or `bf16`. A row's result does
-    not depend on the other rows, the thread count, or where a prompt was cut.
+    and group for integer weights; float weights as stored). kv_dtype: format of all keys and values; None:
+    what the program says, else `bf16`. A row's result does not depend on the other rows, the thread count, or
+    where a prompt was cut.
     """
 
     def __init__(
@@ -96,20 +102,19 @@ class NativeExecutor:
         vectors: Mapping[str, NDArray[np.float32]],
         *,
         activations: str = "fast",
-        kv_dtype: str = "bf16",
+        kv_dtype: str | None = None,
         threads: int | None = None,
         level: str | None = None,
         extents: Callable[[str], Mapping[str, Extent]] | None = None,
     ) -> None:
         if activations not in ACTIVATIONS:
             raise UsageError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
-        if kv_dtype not in KV_DTYPES:
-            raise UsageError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {kv_dtype!r}")
         if threads is not None and not 1 <= threads <= 1024:
             raise UsageError(f"threads must be between 1 and 1024, not {threads}")
         self.program = program
         self.activations = activations
-        self.kv_dtype = kv_dtype
+        formats = kv_formats(program, kv_dtype)
+        self.kv_dtype = "+".join(sorted(set(formats.values())))
         try:
             self.level = level or _native.default_level()
             self._pool = _native.Pool(threads or default_threads())
@@ -144,19 +149,18 @@ class NativeExecutor:
                 int(n.attributes.get("window", 0)),
                 int(n.attributes["kv_heads"]),
                 int(n.attributes["head_dim"]),
+                _KV_FORMATS[formats[str(n.state)]],
             )
             for n in attention
         ]
-        self._native.set_geometry(geometry, 2 if kv_dtype == "bf16" else 4, MAX_STEP_TOKENS)
+        self._native.set_geometry(geometry, MAX_STEP_TOKENS)
         layers = {str(node.state): i for i, node in enumerate(attention)}
-        bf16_math = kv_dtype == "bf16" and activations != "exact"
         lowered = lower(
             program,
             self._native,
             weight,
             vector,
             activations=activations,
-            bf16_math=bf16_math,
             kv_layers=layers,
         )
         self._ropes = lowered.ropes
@@ -170,7 +174,7 @@ class NativeExecutor:
         source: Path | Checkpoint,
         *,
         activations: str | None = None,
-        kv_dtype: str = "bf16",
+        kv_dtype: str | None = None,
         threads: int | None = None,
         level: str | None = None,
     ) -> NativeExecutor:

@@ -45,6 +45,8 @@ class _Buffer:
     index: int
     width: int
     logits: bool
+    encoded: str = ""
+    """The encoding that it exists in alone: int8 or fp8."""
 
 
 class _Lowering:
@@ -56,7 +58,6 @@ class _Lowering:
         vector: Callable[[str], NDArray[np.float32]],
         *,
         activations: str,
-        bf16_math: bool,
         kv_layers: Mapping[str, int],
     ) -> None:
         self.program = program
@@ -64,7 +65,6 @@ class _Lowering:
         self.weight = weight
         self.vector = vector
         self.activations = activations
-        self.bf16_math = bf16_math
         self.kv_layers = kv_layers
         self.result = Lowered()
         self.nodes = list(program.nodes)
@@ -128,7 +128,7 @@ class _Lowering:
         source = self.buffers[name]
         if kind == "f32":
             return source.index
-        assert source.index != _NOWHERE or kind == "int8"
+        assert source.encoded in ("", kind)
         group = w.group if kind == "int8" else 0
         padded = w.padded
         key = (name, kind, group, padded, phase)
@@ -145,8 +145,8 @@ class _Lowering:
     def inputs(self, name: str, w: NativeWeight) -> tuple[int, int]:
         """The buffers that a term of weight `w` reads: in general, and for rows of prompts or -1."""
         kind = self.arithmetic(w)
-        if self.buffers[name].index == _NOWHERE:
-            return self.encode(name, "int8", w), -1
+        if self.buffers[name].encoded:
+            return self.encode(name, self.buffers[name].encoded, w), -1
         if kind == "int8" and prompt_in_bf16(self.native, w):
             return self.encode(name, "int8", w, GENERATED), self.encode(name, "bf16", w, PROMPT)
         return self.encode(name, kind, w), -1
@@ -212,7 +212,7 @@ class _Lowering:
         self.alias(node.outputs[0], name)
 
     def op_encode(self, i: int, node: Node) -> None:
-        """Integers for the integer linears under `fast`, else the rounded values."""
+        """Codes for the linears under `fast`, else the rounded values."""
         name, output = node.inputs[0], node.outputs[0]
         source = self.buffers[name]
         a = node.attributes
@@ -220,35 +220,46 @@ class _Lowering:
         groups = -(-source.width // a["group"]) if a["group"] else 0
         limits = [2.0 ** (b - 1) - 1 for b in (a["bits"] if len(a["bits"]) != 1 else a["bits"] * groups)]
         readers = [self.nodes[j] for j in self.readers[output]]
-        if a["kind"] == "int" and self.activations == "fast":
-            self.buffers[output] = _Buffer(_NOWHERE, source.width, source.logits)
+        if a["kind"] != "none" and self.activations == "fast":
+            kind = "int8" if a["kind"] == "int" else "fp8"
+            self.buffers[output] = _Buffer(_NOWHERE, source.width, source.logits, kind)
             for reader in readers:
                 w = self.weight(reader.weights[0]) if reader.op == "linear" else None
                 same = w is not None and (w.group == a["group"] or (groups == 1 and w.group >= source.width))
-                if w is None or not w.integer or not same:
+                if w is None or (kind == "int8" and not (w.integer and same)):
                     raise ModelError(
                         f"the native backend cannot run node {reader.name!r}: its input is rounded in groups "
                         f"of {a['group']} columns, and its weight is not"
+                        if kind == "int8"
+                        else f"the native backend cannot run node {reader.name!r} on E4M3 rows"
                     )
-                key = (output, "int8", w.group, w.padded, ALL)
+                group = w.group if kind == "int8" else 0
+                key = (output, kind, group, w.padded, ALL)
                 if key not in self.encoded:
                     index = self.acquire(
-                        _native.Encoding.INT8,
+                        _native.Encoding[kind.upper()],
                         source.logits,
                         source.width,
                         padded=w.padded,
-                        group=w.group,
+                        group=group,
                         private=True,
                     )
                     self.native.add_encode(
-                        f"{node.name}.int8", source.index, index, ALL, limits=limits, order=order
+                        f"{node.name}.{kind}", source.index, index, ALL, limits=limits, order=order
                     )
                     self.encoded[key] = index
                     self.owned[output].append(index)
             return
         out = self.define(output, source.width, source.logits, private=True)
         self.native.add_encode(
-            node.name, source.index, out.index, ALL, group=a["group"], limits=limits, order=order
+            node.name,
+            source.index,
+            out.index,
+            ALL,
+            group=a["group"],
+            limits=limits,
+            order=order,
+            fp8=a["kind"] == "fp8",
         )
 
     def order(self, name: str, width: int) -> list[int]:
@@ -396,7 +407,8 @@ class _Lowering:
             float(a["scale"]),
             int(a.get("window", 0)),
             rope,
-            self.bf16_math,
+            self.add_vector(node.weights[0]) if node.weights else -1,
+            self.activations != "exact",
         )
 
     def op_select_rows(self, i: int, node: Node) -> None:
@@ -420,7 +432,6 @@ def lower(
     vector: Callable[[str], NDArray[np.float32]],
     *,
     activations: str,
-    bf16_math: bool,
     kv_layers: Mapping[str, int],
 ) -> Lowered:
     """Builds `native` from the semantic `program`.
@@ -435,6 +446,5 @@ def lower(
         weight,
         vector,
         activations=activations,
-        bf16_math=bf16_math,
         kv_layers=kv_layers,
     ).run()

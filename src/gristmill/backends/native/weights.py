@@ -27,7 +27,7 @@ class NativeWeight:
     index: int
     rows: int  # N, outputs
     columns: int  # K, inputs
-    integer: bool
+    integer: bool  # has int8 arithmetic: codes with float scales
     storage: str  # f32, bf16, f16, int2, int3, int4, int5, int6, int8, sparse24
     group: int  # columns that share a scale; 0 for float storage
     padded: int  # Kp
@@ -72,6 +72,10 @@ class WeightStore:
         kind = f"int{packed.bits}" if packed.format == "group_int" else packed.format
         arrays = packed.arrays
         values, scales = "values" if "values" in arrays else "codes", arrays.get("scales")
+        if packed.spec.scales == "e4m3":
+            assert scales is not None
+            if (scales >= 127).any():
+                raise ModelError(f"{name} has E4M3 scales that are negative or NaN")
         # One group may be longer than the row.
         group = min(packed.group, packed.columns)
         index = program.add_weight(
@@ -82,14 +86,15 @@ class WeightStore:
             group=group,
             groups=packed.groups,
             offset=packed.offset,
-            wide_scales=scales is not None and scales.dtype == np.float32,
+            wide_scales=packed.spec.scales == "f32",
+            exponent=packed.spec.exponent if packed.spec.scales == "e4m3" else -1,
+            rounded=packed.spec.rounded,
             values=self.address(name, values, arrays[values]),
             scales=self.address(name, "scales", scales),
             mins=self.address(name, "mins", arrays.get("mins")),
         )
-        return NativeWeight(
-            index, rows, columns, scales is not None, kind, group, packed.columns, packed.nbytes
-        )
+        integer = packed.spec.scales in ("f16", "f32")
+        return NativeWeight(index, rows, columns, integer, kind, group, packed.columns, packed.nbytes)
 
 
 def _arrays(packed: Packed) -> Iterable[NDArray[np.generic]]:

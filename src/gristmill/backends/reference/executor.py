@@ -15,6 +15,7 @@ from torch import Tensor
 from gristmill.backends.reference.ops import FUNCTIONS, Context, Entries, run
 from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
 from gristmill.program.batch import Batch, CancelFlag, KVView
+from gristmill.program.kv import check_kv_dtype
 from gristmill.program.nodes import Program
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ class ReferenceExecutor:
     """Runs a program, semantic or lowered, in PyTorch: the oracle, and where calibration sees activations.
 
     weights: every tensor of the program under its name, matrices [outputs, inputs], all converted to `dtype`
-    (float64, float32, bfloat16 or float16), in which the buffers and the KV are, too. Raises ModelError for a
-    missing tensor, a shape that disagrees with the program, or an op that the backend lacks.
+    (float64, float32, bfloat16 or float16), in which the buffers and the KV are, too. kv_dtype: the format
+    (`program.kv`) that all keys and values are rounded to; None: what the program says, else none.
+    Raises ModelError for a missing tensor, a shape that disagrees with the program, or an op that the backend
+    lacks.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class ReferenceExecutor:
         weights: Mapping[str, Tensor | NDArray[np.floating]],
         *,
         dtype: str = "float32",
+        kv_dtype: str | None = None,
     ) -> None:
+        check_kv_dtype(kv_dtype)
         if dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         for node in program.nodes:
@@ -85,6 +90,11 @@ class ReferenceExecutor:
                 )
         self.program = program
         self.dtype = DTYPES[dtype]
+        self.kv_formats = {
+            node.state: kv_dtype or node.attributes.get("kv_format", "")
+            for node in program.nodes
+            if node.state is not None
+        }
         self.vocab_size = program.vocab_size
         self.weights: dict[str, Tensor] = {}
         """The tensors by name, in `dtype`. They may be replaced, or made to require gradients."""
@@ -105,7 +115,9 @@ class ReferenceExecutor:
         self._taps: list[tuple[frozenset[str], dict[str, list[Tensor]]]] = []
 
     @classmethod
-    def load(cls, source: Path | Checkpoint, *, dtype: str = "float32") -> ReferenceExecutor:
+    def load(
+        cls, source: Path | Checkpoint, *, dtype: str = "float32", kv_dtype: str | None = None
+    ) -> ReferenceExecutor:
         """Loads a checkpoint, given open or by its directory.
 
         Packed weights are decoded exactly, in float64, and rounded once to `dtype`.
@@ -122,7 +134,7 @@ class ReferenceExecutor:
                 weights[name] = torch.from_numpy(decode(checkpoint.packed(name))).to(DTYPES[dtype])
             else:
                 weights[name] = torch.from_numpy(np.array(checkpoint.vector(name)))
-        return cls(checkpoint.program(), weights, dtype=dtype)
+        return cls(checkpoint.program(), weights, dtype=dtype, kv_dtype=kv_dtype)
 
     def allocate(self, capacity: int) -> ReferenceKVView:
         """An empty view for a sequence of up to `capacity` tokens."""
@@ -158,6 +170,7 @@ class ReferenceExecutor:
             logit_rows=torch.from_numpy(batch.logit_rows.astype(np.int64)),
             lengths=batch.lengths.tolist(),
             past=[view.held for view in views],
+            kv_formats=self.kv_formats,
         )
         buffers: dict[str, Tensor] = {}
         for i, node in enumerate(self.program.nodes):

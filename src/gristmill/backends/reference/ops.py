@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gristmill.formats import fp8
+from gristmill.program.kv import GROUP
 from gristmill.program.nodes import Node, terms
 from gristmill.program.rope import rope_inverse_frequencies
 
@@ -33,6 +35,8 @@ class Context:
     """New tokens of each sequence."""
     past: Sequence[Mapping[str, Entries]]
     """Per sequence: entries by state. Never written."""
+    kv_formats: Mapping[str, str]
+    """By state, how keys and values are rounded (`program.kv`); not at all where it says "" or `f32`."""
     appended: list[dict[str, Entries]] = field(default_factory=list)
     """Per sequence: the entries after this step, by state."""
 
@@ -88,6 +92,8 @@ def _encode(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) -> tu
     rows = x[0][:, w[0].long()] if w else x[0]
     if n.attributes["kind"] == "none":
         return (rows,)
+    if n.attributes["kind"] == "fp8":
+        return (round_rows_fp8(rows),)
     group, width = n.attributes["group"], rows.shape[1]
     groups = -(-width // group)
     bits = torch.tensor(n.attributes["bits"]).expand(groups)
@@ -104,6 +110,22 @@ def round_rows(x: Tensor, group: int, limit: Tensor) -> Tensor:
     # As in the kernels: a reciprocal first, and a group next to zero is zero.
     codes = torch.where(top > 1e-30, (wide * (limit / top)).round(), 0.0)
     return (codes * (top / limit)).reshape(len(x), -1)[:, :width].to(x.dtype)
+
+
+def round_e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 values in the dtype of x, as `formats.fp8.round_e4m3`; NaN stays."""
+    x = x.clamp(-fp8.MAX, fp8.MAX)
+    step = torch.ldexp(torch.ones_like(x), (torch.frexp(x)[1] - 4).clamp(min=-9))
+    return (x / step).round() * step
+
+
+def round_rows_fp8(x: Tensor) -> Tensor:
+    """x [T, K] rounded per row to E4M3 under the scale max|x| / 448 (see op `encode`)."""
+    wide = _wide(x)
+    top = wide.abs().amax(-1, keepdim=True)
+    # As in the kernels: a reciprocal first, and a row next to zero is zero.
+    values = torch.where(top > 1e-30, round_e4m3(wide * (fp8.MAX / top)), 0.0)
+    return (values * (top / fp8.MAX)).to(x.dtype)
 
 
 def _activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -164,7 +186,13 @@ def _attention(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) ->
     assert n.state is not None
     queries = _rotate(_heads(x[0], a["heads"]), c.position, a["rope"])
     new_keys = _rotate(_heads(x[1], a["kv_heads"]), c.position, a["rope"])
-    new_values = _heads(x[2], a["kv_heads"])
+    if w:
+        scale = _wide(w[0]).reshape(a["kv_heads"], -1)
+        new_keys = (_wide(new_keys) * scale).to(x[1].dtype)
+        by_head = scale.repeat_interleave(a["heads"] // a["kv_heads"], 0)
+        queries = (_wide(queries) / by_head).to(x[0].dtype)
+    new_keys = _kept(new_keys, c.kv_formats[n.state])
+    new_values = _kept(_heads(x[2], a["kv_heads"]), c.kv_formats[n.state])
     outputs = []
     start = 0
     for i, length in enumerate(c.lengths):
@@ -179,6 +207,24 @@ def _attention(c: Context, n: Node, x: Sequence[Tensor], w: Sequence[Tensor]) ->
             visible = _visible(len(keys) - length, length, a["window"])
             outputs.append(_attend(queries[rows], keys, values, visible, a["scale"]))
     return (torch.cat(outputs) if outputs else x[0],)
+
+
+def _kept(x: Tensor, kv_format: str) -> Tensor:
+    """What is left of vectors [..., head_dim] in a KV format. Gradients pass as if nothing were rounded."""
+    if kv_format in ("", "f32"):
+        return x
+    if kv_format == "bf16":
+        rounded = x.to(torch.bfloat16)
+    else:
+        rounded = torch.cat([_int4(part) for part in torch.split(_wide(x), GROUP, -1)], -1)
+    # Exact: either the two numbers are within a factor of two, or the rounded one is 0.
+    return x + (rounded.to(x.dtype) - x).detach()
+
+
+def _int4(x: Tensor) -> Tensor:
+    scale = (x.abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16).to(x.dtype)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (x / scale).round().clamp(-8, 7) * scale
 
 
 def _visible(past: int, length: int, window: int) -> Tensor:

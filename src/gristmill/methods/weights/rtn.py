@@ -42,7 +42,7 @@ class Rtn(Method[RtnOptions]):
                 group_int.round_group_int(
                     values,
                     bits=options.bits,
-                    group=options.group or values.shape[1],
+                    group=options.group,
                     symmetric=options.symmetric,
                     clip=options.clip,
                 ),

@@ -1,0 +1,115 @@
+"""Small models that calibrated methods are applied to, and what such methods have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gristmill.backends.native import NativeExecutor
+from gristmill.backends.reference import ReferenceExecutor
+from gristmill.calibrate.planted import plant
+from gristmill.calibrate.stream import Stream
+from gristmill.io.checkpoint import Checkpoint
+from gristmill.io.convert import prepare
+from gristmill.methods.compress import compress
+from gristmill.methods.draft import Draft
+from gristmill.methods.recipe import Recipe
+from gristmill.models import build_program
+from tests.kits import files, models
+
+CALIBRATION = "calibration: {tokens: 128, sequence: 64}\n"
+ARCHITECTURES = ("llama-smollm2", "mistral", "qwen2", "qwen3", "gemma3")
+
+
+def speaking(directory: Path, name: str = "llama-smollm2", planted: float = 0.0) -> Path:
+    """A small random model as GGUF, with a tokenizer; with outliers of that factor if `planted`."""
+    of = models.configs()[name] | {"vocab_size": 272}
+    tensors: Mapping[str, Any] = files.weights(of)
+    if planted:
+        tensors = plant(build_program(of), tensors, factor=planted)
+    return files.write_gguf(directory / f"{name}.gguf", of, dict(tensors))[0]
+
+
+def draft_of(path: Path, count: int = 3) -> Draft:
+    """A draft whose calibration text is random tokens."""
+    draft = Draft(Checkpoint.open(prepare(path)))
+    vocab = draft.program.vocab_size
+    draft.sequences = [models.tokens(40, vocab, seed=i).tolist() for i in range(count)]
+    return draft
+
+
+def applied(draft: Draft, entry: str) -> Draft:
+    """The draft after one method of a recipe, written as a flow mapping."""
+    recipe = Recipe.from_yaml(f"methods: [{entry}]")
+    for one, tensors in zip(recipe.entries, recipe.plan(draft.program), strict=True):
+        one.method.apply(draft, one.options, tensors)
+    return draft
+
+
+def hidden(draft: Draft) -> NDArray[np.float32]:
+    """What the head reads, for all calibration tokens, of the model as it stands: [tokens, width]."""
+    program = draft.program
+    weights = {name: draft.weight(name) for name in program.weights}
+    stream = Stream(ReferenceExecutor(program, weights), draft.sequences)
+    for node in stream:
+        if program.output in node.outputs:
+            break
+    return np.concatenate([rows.numpy() for rows in stream.inputs(node)])
+
+
+def distance(found: NDArray[np.float32], base: NDArray[np.float32]) -> float:
+    """The squared error relative to the squares of the base."""
+    return float(np.square(found.astype(float) - base).sum() / np.square(base.astype(float)).sum())
+
+
+def check_compressed(path: Path, entry: str, directory: Path) -> Checkpoint:
+    """Compresses twice, the second time interrupted and resumed: same bytes, and native runs as reference."""
+    recipe = Recipe.from_yaml(f"{CALIBRATION}methods: [{entry}]")
+    compress(path, recipe, directory / "whole", evaluate=False)
+    steps = 0
+    once = Draft.once
+
+    def interrupted(draft: Draft, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return once(draft, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draft, "once", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(path, recipe, directory / "resumed", evaluate=False)
+    computed = []
+    original = Draft.once
+
+    def counting(draft: Draft, key: str, compute: Any) -> Any:
+        return original(draft, key, partial(_counted, computed, compute))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draft, "once", counting)
+        compress(path, recipe, directory / "resumed", evaluate=False)
+        again = len(computed)
+        computed.clear()
+        compress(path, recipe, directory / "third", evaluate=False)
+    assert again == len(computed) - 2
+    for file in (directory / "whole").iterdir():
+        assert (directory / "resumed" / file.name).read_bytes() == file.read_bytes(), file.name
+    made = Checkpoint.open(directory / "whole")
+    ids = models.tokens(20, made.program().vocab_size)
+    expected = models.logits(ReferenceExecutor.load(made), ids, [20])
+    with closing(NativeExecutor.load(directory / "whole", activations="exact", kv_dtype="f32")) as executor:
+        assert models.relative_error(models.logits(executor, ids, [20]), expected) < 1e-4
+    return made
+
+
+def _counted(computed: list[int], compute: Any) -> Any:
+    computed.append(1)
+    return compute()
