@@ -35,7 +35,7 @@ def round_inputs(
     fp8: bool = False,
     order: str | None = None,
 ) -> Program:
-    """Puts one `encode` in front of linears (node names) that read the same buffer.
+    """Puts one `encode` between linears (node names) and the one buffer that they read.
 
     group, bits: of kind int, as the op says; fp8: kind fp8; with neither, the columns are put in order.
     order: the name of a vector weight that is declared here. ProgramError if the linears read different
@@ -67,9 +67,10 @@ def round_inputs(
     chosen = set(linears)
     changed: list[Node] = []
     for node in program.nodes:
-        if node.name == linears[0]:
-            changed.append(encode)
         changed.append(replace(node, inputs=(name,)) if node.name in chosen else node)
+        # At once, so that a gate and its partner find both their inputs there, should they differ.
+        if node is writer:
+            changed.append(encode)
     return _checked(replace(program, weights=weights), changed, "round_inputs")
 
 
