@@ -44,6 +44,7 @@ ENVIRONMENT = {
         "llamacpp", {"CFLAGS": NO_AMX, "CXXFLAGS": NO_AMX, "CMAKE_ARGS": "-DGGML_NATIVE=ON"}
     ),
     "llamacpp-avx2": Environment("llamacpp", {"CMAKE_ARGS": AVX2}),
+    "llmcompressor": Environment("llmcompressor"),
     "openvino": Environment("openvino"),
     "ortgenai": Environment("ortgenai"),
     "transformers": Environment("transformers"),

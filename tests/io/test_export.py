@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from numpy.typing import NDArray
 
 from gristmill.errors import GristmillError, ModelError, UsageError
 from gristmill.formats import dense, group_int
@@ -20,21 +22,30 @@ from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Vector
 from gristmill.io.convert import import_gguf, import_huggingface
 from gristmill.io.export import FORMS, export, export_compressed_tensors, export_dense
 from gristmill.io.safetensors import SafetensorsFile
+from gristmill.models import build_program
+from gristmill.program.edits import add_branch, foldable_edits, keep_keys, round_inputs
+from gristmill.program.nodes import Program
 from tests.kits import files, models, quantised
 from tests.kits.hostile import assert_one_line, assert_refused
 
 
-def written(directory: Path, of: dict[str, Any], packed: dict[str, Packed]) -> Path:
-    """A checkpoint with these matrices; all others are bf16."""
+def written(
+    directory: Path,
+    of: dict[str, Any],
+    packed: dict[str, Packed],
+    program: Program | None = None,
+    more: dict[str, NDArray[np.float32]] | None = None,
+) -> Path:
+    """A checkpoint with these matrices; all others, `more` for the program among them, are bf16."""
     items: dict[str, Item] = {}
-    for name, values in files.weights(of).items():
+    for name, values in {**files.weights(of), **(more or {})}.items():
         if values.ndim == 1:
             items[name] = Vector(len(values), lambda v=values: v)
         else:
             matrix = packed.get(name) or dense.pack(values, "bf16")
             items[name] = Matrix(matrix.spec, matrix.rows)
     directory.mkdir()
-    checkpoint.write(directory, of, items, report={}, recipe="")
+    checkpoint.write(directory, of, items, report={}, recipe="", program=program)
     return directory
 
 
@@ -162,6 +173,119 @@ def test_plain_floats(tmp_path: Path, dtype: str) -> None:
             assert np.array_equal(found, dense.to_bf16(values))
         else:
             assert np.array_equal(found, values.astype(np.float16 if dtype == "f16" else np.float32))
+
+
+# ---- programs that a recipe has changed --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [32, -1])
+def test_orders_of_columns_are_put_back(tmp_path: Path, group: int) -> None:
+    """Integers with the group of each column, or without where there is one group; floats plainly."""
+    of = quantised.small()
+    program, more, made, orders = build_program(of), {}, {}, {}
+    names = list(quantised.linears(of))
+    for seed, name in enumerate(names):
+        n, k = quantised.linears(of)[name]
+        node = name.removeprefix("model.").removesuffix(".weight")
+        program = round_inputs(program, [node], order=f"{node}.order")
+        orders[name] = np.random.default_rng(seed).permutation(k)
+        more[f"{node}.order"] = orders[name].astype(np.float32)
+        if name != names[-1]:
+            made[name] = integers(
+                quantised.layer((n, k), 4, k if group == -1 else group), mins=True, offset=0
+            )
+    path = written(tmp_path / "c", of, made, program, more)
+    source = Checkpoint.open(path)
+    values = {
+        name: decode_f32(source.packed(name))[:, np.argsort(orders[name])] if name in orders
+        else decode_f32(source.packed(name)) for name in source.specs
+    }  # fmt: skip
+    export_dense(path, tmp_path / "floats", "f32")
+    file = SafetensorsFile(tmp_path / "floats" / "model.safetensors")
+    assert set(file.entries) == set(files.weights(of))
+    assert all(np.array_equal(file.array(name), array) for name, array in values.items())
+
+    export_compressed_tensors(path, tmp_path / "out")
+    second = back(tmp_path / "out", tmp_path / "back")
+    assert second.edited == (group == 32)
+    found = foldable_edits(second.program(), build_program(of)).orders
+    for name, matrix in made.items():
+        kept = second.packed(name)
+        order = np.arange(matrix.shape[1])
+        if group == 32:
+            # The columns of a group come back in the model's order.
+            order = second.vector(found[name].weights[0]).astype(int)
+            assert np.array_equal(order.reshape(-1, 32), np.sort(orders[name].reshape(-1, 32)))
+        assert np.array_equal(decode_f32(kept)[:, np.argsort(order)], values[name])
+        assert np.array_equal(kept.arrays["scales"], matrix.arrays["scales"])
+    assert np.array_equal(decode_f32(second.packed(names[-1])), values[names[-1]])
+
+
+def test_low_rank_branches(tmp_path: Path) -> None:
+    """Two branches, also where the input has an order: added to floats, refused for integers."""
+    of = quantised.small()
+    rng = np.random.default_rng(3)
+    gate, up = "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"
+    program = round_inputs(build_program(of), [gate], order="order")
+    program = add_branch(program, [gate, up], 8, name="svd")
+    program = add_branch(program, [gate], 4, name="lora")
+    plain = files.weights(of)
+    more = {
+        name: rng.normal(0, 0.1, weight.shape).astype(np.float32)
+        for name, weight in program.weights.items()
+        if name not in plain
+    }
+    order = rng.permutation(of["hidden_size"])
+    more["order"] = order.astype(np.float32)
+    name = f"model.{gate}.weight"
+    made = {name: integers(quantised.layer(plain[name].shape, 4, 32), mins=True, offset=0)}
+    path = written(tmp_path / "c", of, made, program, more)
+    export_dense(path, tmp_path / "out", "f32")
+    source = Checkpoint.open(path)
+    value = {name: decode(source.packed(name)) for name in source.specs}
+    down = value[f"model.{gate}.svd_down.weight"]
+    expected = {
+        f"model.{gate}.weight": value[name][:, np.argsort(order)]
+        + value[f"model.{gate}.svd_up.weight"] @ down
+        + value[f"model.{gate}.lora_up.weight"] @ value[f"model.{gate}.lora_down.weight"],
+        f"model.{up}.weight": value[f"model.{up}.weight"] + value[f"model.{up}.svd_up.weight"] @ down,
+    }
+    file = SafetensorsFile(tmp_path / "out" / "model.safetensors")
+    assert set(file.entries) == set(plain)
+    for name in file.entries:
+        if name in expected:
+            assert np.abs(file.array(name) - expected[name]).max() < 1e-6
+        elif name in value:
+            assert np.array_equal(file.array(name), value[name])
+    assert_refused(
+        lambda: export_compressed_tensors(path, tmp_path / "ct"), f"low-rank branch at the node '{gate}"
+    )
+
+
+def test_other_changes_are_refused_by_the_name_of_the_node(tmp_path: Path) -> None:
+    of = quantised.small()
+    plain = build_program(of)
+    q, attention = "layers.0.self_attn.q_proj", "layers.0.self_attn.attention"
+    ones = np.ones(of["num_key_value_heads"] * of["head_dim"], np.float32)
+    branched = add_branch(plain, [q], 4, name="b")
+    more = {n: np.ones(w.shape, np.float32) for n, w in branched.weights.items() if n not in plain.weights}
+    # The branch reads what is not the input of its linear.
+    crossed = branched.with_nodes(
+        tuple(replace(n, inputs=("embed_tokens",)) if n.name == f"{q}.b_down" else n for n in branched.nodes)
+    )
+    for at, (program, extra, node) in enumerate((
+        (round_inputs(plain, [q], group=32, bits=[8]), {}, f"{q}.input"),
+        (keep_keys(plain, [attention], scaled=True), {f"{attention}.key_scale": ones}, attention),
+        (keep_keys(plain, [attention], kv_format="int4"), {}, attention),
+        (crossed, more, f"{q}.b_sum"),
+    )):  # fmt: skip
+        path = written(tmp_path / str(at), of, {}, program, extra)
+        for form in FORMS:
+            text = assert_refused(lambda p=path, f=form: export(p, tmp_path / "out", f), "at the node")
+            assert repr(node) in text
+    order = round_inputs(plain, [q], order="order")
+    path = written(tmp_path / "order", of, {}, order, {"order": np.zeros(of["hidden_size"], np.float32)})
+    assert_refused(lambda: export(path, tmp_path / "out", "f32"), "order is no order of columns")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

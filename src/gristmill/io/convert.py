@@ -28,6 +28,7 @@ from gristmill.version import __version__
 
 if TYPE_CHECKING:
     from gristmill.io.gguf_config import Source
+    from gristmill.program.nodes import Node, Program
 
 WEIGHTS = ("stored", "f32", "bf16", "int8", "int4")
 """The weight modes: as stored in the source, or converted."""
@@ -212,11 +213,11 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
     """Converts a Hugging Face directory (config.json and safetensors) into an existing, empty directory.
 
     Matrices stay in the dtype they are stored in, those of a quantised model in their codes; norms and biases
-    become float32.
+    become float32. Matrices whose columns are stored in an order of their own have it in program.json.
     """
     from gristmill.io.quantised import reader
     from gristmill.io.quantised.layers import Tensors
-    from gristmill.models import read_config
+    from gristmill.models import build_program, read_config
 
     config = read_object(path / "config.json")
     prefixes = {"": ""}
@@ -239,12 +240,12 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
     matrices = quantised.matrices(tensors, expected) if quantised else {}
     if quantised and not matrices:
         raise ModelError(f"{path} has a quantization_config, but none of its tensors is quantised")
-    found = {name: matrix.spec.shape for name, matrix in matrices.items()}
+    found = {name: item.matrix.spec.shape for name, item in matrices.items()}
     check_tensors(str(path), expected, found | {name: tensors.entry(name).shape for name in tensors})
     items: dict[str, Item] = {}
     for name, shape in expected.items():
         if name in matrices:
-            items[name] = matrices[name]
+            items[name] = matrices[name].matrix
             continue
         dtype = tensors.entry(name).dtype
         if dtype not in _DTYPES:
@@ -254,6 +255,8 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
             items[name] = _dense_matrix(array, _DTYPES[dtype])
         else:
             items[name] = Vector(shape[0], partial(_float32, array, dtype))
+    orders = {name: item.order for name, item in matrices.items() if item.order is not None}
+    program = _ordered(build_program(config), orders, items, str(path)) if orders else None
     copy_sides(path, directory)
     report = {
         "model": path.name,
@@ -261,7 +264,41 @@ def import_huggingface(path: Path, directory: Path, progress: Progress | None = 
         "source": {"kind": "huggingface", "files": [file.path.name for file in files], "architecture": kind},
         "gristmill": __version__,
     }
-    checkpoint.write(directory, config, items, report=report, recipe=_recipe("stored"), progress=progress)
+    checkpoint.write(
+        directory,
+        config,
+        items,
+        report=report,
+        recipe=_recipe("stored"),
+        program=program,
+        progress=progress,
+    )
+
+
+def _ordered(
+    program: Program, orders: Mapping[str, NDArray[np.int64]], items: dict[str, Item], where: str
+) -> Program:
+    """The program that gives these weights their inputs in these orders, which join the items as vectors."""
+    from gristmill.program.edits import linears_of, round_inputs
+
+    others = {name for node in program.nodes if node.op != "linear" for name in node.weights}
+    for name in orders:
+        if name in others:
+            raise ModelError(
+                f"{where}: {name} is not read by linear layers alone: its columns can have no order"
+            )
+    for linears in linears_of(program).values():
+        # Linears of one input may share an order or not.
+        alike: dict[bytes, list[Node]] = {}
+        for node in linears:
+            if node.weights[0] in orders:
+                alike.setdefault(orders[node.weights[0]].tobytes(), []).append(node)
+        for nodes in alike.values():
+            first = nodes[0].weights[0]
+            name = f"{first.removesuffix('.weight')}.order"
+            program = round_inputs(program, [node.name for node in nodes], order=name)
+            items[name] = Vector(len(orders[first]), partial(orders[first].astype, np.float32))
+    return program
 
 
 def copy_sides(source: Path, directory: Path) -> None:

@@ -19,21 +19,35 @@ from numpy.typing import NDArray
 
 from gristmill.errors import GristmillError, ModelError, UsageError
 from gristmill.formats import dense, group_int
-from gristmill.formats.packed import ROWS, Packed, decode_f32
+from gristmill.formats.packed import ROWS, Packed, decode, decode_f32
 from gristmill.io.checkpoint import WEIGHTS, Checkpoint, Progress, dump_json
 from gristmill.io.convert import copy_sides
 from gristmill.io.directory import whole
 from gristmill.io.expected import tied
 from gristmill.io.quantised.compressed_tensors import METHOD, PACKED
 from gristmill.io.safetensors import Writer
+from gristmill.models import build_program
+from gristmill.program.edits import Foldable, foldable_edits
+from gristmill.program.nodes import ProgramError
 
 DENSE = {"bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16"), "f32": ("F32", "float32")}
 """Float dtypes: their names in safetensors files and in configs."""
 FORMS = (METHOD, *DENSE)
 """What can be exported."""
 
-Scheme = tuple[int, int, bool]
-"""Bits, group (-1: the whole row), whether symmetric."""
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a matrix is quantised; `group` -1 is the whole row, `ordered` that groups hold any columns."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    ordered: bool
+
+
+Order = NDArray[np.int64]
+"""The model's columns in the order in which a matrix stores them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ class Plan:
 
 
 _BITS = (4, 8)
+_INSTEAD = f"export it as {', '.join(DENSE)}"
 _EMBEDDING = "model.embed_tokens.weight"
 _PIECE = 1 << 20
 
@@ -64,24 +79,37 @@ def export(checkpoint: Path, out: Path, form: str, progress: Progress | None = N
 def export_dense(checkpoint: Path, out: Path, dtype: str, progress: Progress | None = None) -> None:
     """Writes the decoded weights as "bf16" (rounded to nearest even), "f16" or "f32" into a new directory.
 
-    UsageError if `out` exists; ModelError for a value that float16 cannot hold; GristmillError if the
-    directory cannot be written, in which case nothing of it stays.
+    Columns are put back in the model's order, low-rank branches added to their matrices. UsageError if `out`
+    exists; ModelError for a value that float16 cannot hold, or, naming the node, if a recipe has changed what
+    the model computes in another way; GristmillError if the directory cannot be written, in which case
+    nothing of it stays.
     """
     if dtype not in DENSE:
         raise UsageError(f"unknown dtype {dtype!r}: choose from {', '.join(DENSE)}")
     source = Checkpoint.open(checkpoint)
     stored, known = DENSE[dtype]
+    names, edits = _edits(source)
 
     def plan(name: str) -> Plan:
         shape = _shape(source, name)
+        order = _order(source, edits, name)
+        branches = [
+            (source.packed(branch.up), decode(source.packed(branch.down)))
+            for branch in edits.branches.get(name, ())
+        ]
 
         def make(start: int, stop: int) -> dict[str, NDArray[Any]]:
-            return {"": _cast(_values(source, name, start, stop), dtype, f"{checkpoint}, tensor {name}")}
+            values = _values(source, name, start, stop)
+            if order is not None:
+                values = _restored(values, order)
+            for up, down in branches:
+                values = (values + decode(up.rows(start, stop)) @ down).astype(np.float32)
+            return {"": _cast(values, dtype, f"{checkpoint}, tensor {name}")}
 
         return Plan(shape, {"": (stored, shape)}, make)
 
     with _new(out) as directory:
-        _write(directory, {name: plan(name) for name in source.names()}, progress)
+        _write(directory, {name: plan(name) for name in names}, progress)
         config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
         _finish(directory, source, {**config, "dtype": known}, None)
 
@@ -92,35 +120,82 @@ def export_compressed_tensors(checkpoint: Path, out: Path, progress: Progress | 
     Codes of 4 and 8 bits in groups that divide the row, or one group, with the zero in the middle, or with
     minimums that are -scale * zero for integer zeros. Float layers stay what they are; the embedding, which
     others do not read as integers, becomes float32 if it is not float. The config's dtype, in which others
-    compute unless told otherwise, stays.
+    compute unless told otherwise, stays. Columns in an order of their own are put back, and which group each
+    is in is written (`actorder`).
 
-    ModelError, naming the tensor, for one that cannot be expressed so; otherwise raises as `export_dense`.
+    ModelError, naming the tensor or node, for what cannot be expressed so; otherwise raises as
+    `export_dense`.
     """
     source = Checkpoint.open(checkpoint)
+    names, edits = _edits(source)
+    for branches in edits.branches.values():
+        raise ModelError(f"{checkpoint} has a low-rank branch at the node {branches[0].node!r}: {_INSTEAD}")
     schemes: dict[str, Scheme] = {}
     for name, spec in source.specs.items():
-        if spec.format == "group_int" and name != _EMBEDDING:
-            schemes[name] = _scheme(source.packed(name), f"{checkpoint}, tensor {name}")
+        if spec.format not in DENSE and name != _EMBEDDING:
+            ordered = name in edits.orders
+            schemes[name] = _scheme(source.packed(name), ordered, f"{checkpoint}, tensor {name}")
     if not schemes:
-        raise ModelError(f"{checkpoint} has no linear layer of integers: export it as {', '.join(DENSE)}")
+        raise ModelError(f"{checkpoint} has no linear layer of integers: {_INSTEAD}")
 
     def plan(name: str) -> Plan:
         shape, spec = _shape(source, name), source.specs.get(name)
+        order = _order(source, edits, name)
         if name in schemes:
-            return _packed_plan(source.packed(name), symmetric=schemes[name][2])
-        if spec is None or spec.format == "group_int":
+            return _packed_plan(source.packed(name), schemes[name].symmetric, order)
+        if spec is None or spec.format not in DENSE:
             return Plan(shape, {"": ("F32", shape)}, lambda a, b: {"": _values(source, name, a, b)})
         packed = source.packed(name)
-        parts = {"": (DENSE[spec.format][0], shape)}
-        return Plan(shape, parts, lambda a, b: {"": dense.unpack(packed.rows(a, b))})
+
+        def make(start: int, stop: int) -> dict[str, NDArray[Any]]:
+            values = dense.unpack(packed.rows(start, stop))
+            return {"": values if order is None else _restored(values, order)}
+
+        return Plan(shape, {"": (DENSE[spec.format][0], shape)}, make)
 
     with _new(out) as directory:
-        _write(directory, {name: plan(name) for name in source.names()}, progress)
+        _write(directory, {name: plan(name) for name in names}, progress)
         _finish(directory, source, source.config, _quantization(source, schemes))
 
 
-def _scheme(packed: Packed, where: str) -> Scheme:
+def _edits(source: Checkpoint) -> tuple[list[str], Foldable]:
+    """The tensors of the model as its config has it, and what a recipe's program does to them."""
+    if not source.edited:
+        return list(source.names()), Foldable({}, {})
+    plain = build_program(source.config)
+    try:
+        return list(plain.weights), foldable_edits(source.program(), plain)
+    except ProgramError as error:
+        raise ModelError(
+            f"{source.directory}: a recipe has changed what the model computes at the node {error}, "
+            "which no other program would know"
+        ) from None
+
+
+def _order(source: Checkpoint, edits: Foldable, name: str) -> Order | None:
+    if name not in edits.orders:
+        return None
+    vector = edits.orders[name].weights[0]
+    order = source.vector(vector)
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise ModelError(f"{source.directory}: {vector} is no order of columns")
+    return order.astype(np.int64)
+
+
+def _restored(values: NDArray[Any], order: Order) -> NDArray[Any]:
+    """The columns [R, K] where the model has them."""
+    result = np.empty_like(values)
+    result[:, order] = values
+    return result
+
+
+def _scheme(packed: Packed, ordered: bool, where: str) -> Scheme:
     spec = packed.spec
+    if spec.format != "group_int" or spec.scales not in ("f16", "f32"):
+        raise ModelError(
+            f"{where} is {spec.format} with {spec.scales} scales, which compressed-tensors cannot express: "
+            f"{_INSTEAD}"
+        )
     if spec.bits not in _BITS:
         raise ModelError(f"{where} has codes of {spec.bits} bits; compressed-tensors takes 4 and 8 here")
     if spec.groups > 1 and spec.shape[1] % spec.group:
@@ -134,7 +209,8 @@ def _scheme(packed: Packed, where: str) -> Scheme:
             "which compressed-tensors cannot express"
         )
     symmetric = not spec.mins and spec.offset == 1 << (spec.bits - 1)
-    return spec.bits, spec.group if spec.groups > 1 else -1, symmetric
+    group = spec.group if spec.groups > 1 else -1
+    return Scheme(spec.bits, group, symmetric, ordered and group != -1)
 
 
 def _zeros(packed: Packed) -> NDArray[np.uint8] | None:
@@ -153,7 +229,7 @@ def _zeros(packed: Packed) -> NDArray[np.uint8] | None:
     return zeros.astype(np.uint8) if sound.all() else None
 
 
-def _packed_plan(packed: Packed, symmetric: bool) -> Plan:
+def _packed_plan(packed: Packed, symmetric: bool, order: Order | None) -> Plan:
     (n, k), groups, bits = packed.shape, packed.groups, packed.bits
     count = 32 // bits
     parts: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -163,13 +239,19 @@ def _packed_plan(packed: Packed, symmetric: bool) -> Plan:
     }
     if not symmetric:
         parts["_zero_point"] = "I32", (-(-n // count), groups)
+    if order is not None and groups > 1:
+        parts["_g_idx"] = "I32", (k,)
 
     def make(start: int, stop: int) -> dict[str, NDArray[Any]]:
         piece = packed.rows(start, stop)
         codes, scales, _ = group_int.unpack(piece)
+        if order is not None:
+            codes = _restored(codes, order)
         made = {"_packed": _words(codes, bits), "_scale": scales}
         if start == 0:
             made["_shape"] = np.array([n, k], np.int64)
+            if "_g_idx" in parts:
+                made["_g_idx"] = np.argsort(order).astype(np.int32) // packed.group
         zeros = None if symmetric else _zeros(piece)
         if zeros is not None:
             rows = zeros.transpose(0, 2, 1).reshape(-1, groups)[: stop - start]
@@ -197,9 +279,13 @@ def _quantization(source: Checkpoint, schemes: Mapping[str, Scheme]) -> dict[str
     for name, scheme in schemes.items():
         members.setdefault(scheme, []).append(name.removesuffix(".weight"))
     groups = {}
-    for index, ((bits, group, symmetric), modules) in enumerate(members.items()):
-        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
+    for index, (scheme, modules) in enumerate(members.items()):
+        weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric}
+        weights["dynamic"] = False
+        group = scheme.group
         weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+        if scheme.ordered:
+            weights["actorder"] = "group"
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if len(members) == 1 else modules,
             "weights": weights,

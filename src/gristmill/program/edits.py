@@ -6,8 +6,9 @@ declared here; whoever edits the program supplies them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gristmill.program.checker import check
 from gristmill.program.nodes import Node, Program, ProgramError, Weight
@@ -35,7 +36,7 @@ def round_inputs(
     fp8: bool = False,
     order: str | None = None,
 ) -> Program:
-    """Puts one `encode` in front of linears (node names) that read the same buffer.
+    """Puts one `encode` between linears (node names) and the one buffer that they read.
 
     group, bits: of kind int, as the op says; fp8: kind fp8; with neither, the columns are put in order.
     order: the name of a vector weight that is declared here. ProgramError if the linears read different
@@ -67,9 +68,10 @@ def round_inputs(
     chosen = set(linears)
     changed: list[Node] = []
     for node in program.nodes:
-        if node.name == linears[0]:
-            changed.append(encode)
         changed.append(replace(node, inputs=(name,)) if node.name in chosen else node)
+        # At once, so that a gate and its partner find both their inputs there, should they differ.
+        if node is writer:
+            changed.append(encode)
     return _checked(replace(program, weights=weights), changed, "round_inputs")
 
 
@@ -159,6 +161,85 @@ def keep_keys(
         attributes = {**a, "kv_format": kv_format} if kv_format else a
         changed.append(replace(node, weights=names, attributes=attributes))
     return _checked(replace(program, weights=weights), changed, "keep_keys")
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A low-rank branch of a matrix: the node that adds it, and its two weights."""
+
+    node: str
+    down: str
+    up: str
+
+
+@dataclass(frozen=True, slots=True)
+class Foldable:
+    """Edits that matrices can take in: by matrix, the encode node of its columns' order, and its branches."""
+
+    orders: dict[str, Node]
+    branches: dict[str, list[Branch]]
+
+
+def foldable_edits(program: Program, plain: Program) -> Foldable:
+    """The orders of columns and low-rank branches by which a program differs from a plain one.
+
+    ProgramError, which is only the name and op of a node, for any other difference.
+    """
+    writers, readers = program.writers(), program.readers()
+    known = {node.name: node for node in plain.nodes}
+    uses = Counter(name for node in program.nodes for name in node.weights)
+    found = Foldable({}, {})
+    renamed: dict[str, str] = {}
+
+    def plain_name(name: str) -> str:
+        return renamed.get(name, name)
+
+    def body(name: str) -> Node | None:
+        """The linear whose result alone becomes this buffer, but for branches."""
+        node = writers[name]
+        if len(readers[name]) != 1 or name == program.output:
+            return None
+        if node.op == "add":
+            return body(node.inputs[0])
+        return node if node.op == "linear" and uses[node.weights[0]] == 1 else None
+
+    def take_order(node: Node) -> bool:
+        users = readers[node.outputs[0]]
+        if any(user.op != "linear" or uses[user.weights[0]] > 1 for user in users):
+            return False
+        found.orders.update({user.weights[0]: node for user in users})
+        renamed[node.outputs[0]] = plain_name(node.inputs[0])
+        return True
+
+    def take_branch(node: Node) -> bool:
+        linear, up = body(node.inputs[0]), writers[node.inputs[1]]
+        down = writers.get(up.inputs[0]) if up.op == "linear" else None
+        if linear is None or down is None or down.op != "linear" or len(up.weights) + len(down.weights) > 2:
+            return False
+        if down.inputs[0] != plain_name(linear.inputs[0]):
+            return False
+        branch = Branch(node.name, down.weights[0], up.weights[0])
+        found.branches.setdefault(linear.weights[0], []).append(branch)
+        renamed[node.outputs[0]] = linear.outputs[0]
+        return True
+
+    kept = {}
+    for node in program.nodes:
+        if node.name in known:
+            kept[node.name] = replace(node, inputs=tuple(plain_name(name) for name in node.inputs))
+        elif not (
+            (node.op == "encode" and node.attributes["kind"] == "none" and take_order(node))
+            or (node.op == "add" and take_branch(node))
+            # Half of a branch; whatever else reads it is a difference of its own.
+            or node.op == "linear"
+        ):
+            raise ProgramError(f"{node.name!r} (op {node.op})")
+    for name, node in known.items():
+        if kept.get(name) != node:
+            raise ProgramError(f"{name!r} (op {node.op})")
+    if plain_name(program.output) != plain.output:
+        raise ProgramError(f"{program.output!r} (the output)")
+    return found
 
 
 def _checked(program: Program, nodes: Iterable[Node], stage: str) -> Program:

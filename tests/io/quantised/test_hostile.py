@@ -182,9 +182,12 @@ def test_orders_of_columns(tmp_path: Path) -> None:
     ordered = {**GPTQ, "desc_act": True}
     attempt(tmp_path / "trivial", ordered, tensors)
     assert_refused(lambda: attempt(tmp_path / "absent", ordered, plain), "lacks the tensor .*g_idx")
+    reordered = {"reversed": index[::-1], "shuffled": np.random.default_rng(1).permutation(index)}
+    for at, values in reordered.items():
+        attempt(tmp_path / at, ordered, tensors | {name: ("I32", np.ascontiguousarray(values))})
     for at, (values, message) in enumerate((
-        (index[::-1], "orders the columns by activation"),
-        (np.where(index == 1, 0, index), "orders the columns by activation"),
+        (np.where(index == 1, 0, index), "g_idx' do not have 32 columns each"),
+        (np.where(np.arange(len(index)) == 5, 2, index), "g_idx' do not have 32 columns each"),
         (index - 1, "groups out of range"),
         (index + 1, "groups out of range"),
         (np.full_like(index, 2**31 - 1), "groups out of range"),
@@ -192,6 +195,22 @@ def test_orders_of_columns(tmp_path: Path) -> None:
     )):  # fmt: skip
         changed = tensors | {name: ("I32", np.ascontiguousarray(values))}
         assert_refused(lambda at=at, t=changed: attempt(tmp_path / str(at), GPTQ, t), message)
+
+
+def test_orders_of_a_matrix_that_is_no_linear_layer_alone(tmp_path: Path) -> None:
+    """A tied embedding stored in an order would be looked up in it."""
+    of = {**OF, "tie_word_embeddings": True}
+    layers = {n: quantised.layer(s, 4, 32) for n, s in quantised.linears(of).items()}
+    name = "model.embed_tokens.weight"
+    layers[name] = quantised.layer((of["vocab_size"], of["hidden_size"]), 4, 32)
+    tensors = quantised.stored(of, layers, quantised.gptq)
+    index = tensors["model.embed_tokens.g_idx"]
+    tensors["model.embed_tokens.g_idx"] = index[0], np.ascontiguousarray(index[1][::-1])
+    source = quantised.write(tmp_path / "m", of, GPTQ, tensors)
+    (tmp_path / "out").mkdir()
+    assert_refused(
+        lambda: import_huggingface(source, tmp_path / "out"), "embed_tokens.weight is not read by linear"
+    )
 
 
 def test_biases_of_layers_that_have_none(tmp_path: Path) -> None:

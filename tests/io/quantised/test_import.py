@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gristmill.backends.reference import ReferenceExecutor
 from gristmill.formats import group_int
 from gristmill.formats.packed import decode
 from gristmill.io.checkpoint import Checkpoint
-from gristmill.io.convert import import_huggingface
+from gristmill.io.convert import _requantise, import_huggingface
 from tests.kits import files, models, quantised
 from tests.kits.quantised import Layer, Stored
 
@@ -112,6 +113,8 @@ def test_codes_and_values_are_kept(tmp_path: Path, name: str) -> None:
         if not spec.mins:
             assert spec.offset == made["zero"]
             assert spec.scales == ("f16" if made.get("dtype", "F16") == "F16" else "f32")
+        # Groups of 32 and whole rows hold planes of any bits; nothing has planes of 7.
+        assert spec.bits == (8 if made["bits"] == 7 else made["bits"])
     assert checkpoint.specs["model.embed_tokens.weight"].format == "f32"
     assert {key: checkpoint.config[key] for key in of} == of
     assert checkpoint.verify() > 0
@@ -131,6 +134,67 @@ def test_logits_are_those_of_the_dequantised_model(tmp_path: Path, name: str) ->
     assert models.relative_error(reference, expected) <= 1e-6
     options: Any = {"activations": "exact", "kv_dtype": "f32", "threads": 2}
     with closing(NativeExecutor.load(codes, **options)) as executor:
+        assert models.relative_error(models.logits(executor, ids, schedule, 33), expected) <= 1e-5
+
+
+def test_groups_too_short_for_planes_widen_the_codes(tmp_path: Path) -> None:
+    of = quantised.small()
+    kept = {(2, 16): 2, (2, 8): 4, (3, 16): 4, (3, 32): 3, (5, 16): 6, (5, 8): 8, (6, 16): 6, (6, 8): 8}
+    for (bits, group), expected in kept.items():
+        quantization, encode, made = packed(bits, group, None)
+        layers = layers_of(of, made)
+        source = tmp_path / f"{bits}-{group}"
+        checkpoint = convert(quantised.write(source, of, quantization, quantised.stored(of, layers, encode)))
+        check(checkpoint, layers)
+        assert {checkpoint.specs[name].bits for name in layers} == {expected}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "packed"])
+def test_columns_in_the_order_of_activations(tmp_path: Path, kind: str) -> None:
+    """Codes in groups side by side, the order in the program; logits those of the dequantised model."""
+    of = quantised.small(num_hidden_layers=2)
+    # Rows of 96 and 160 with a ragged last group; q and k of a layer share an order, v has another or none.
+    quantization, encode, made = gptq(3, 64, None, "gptq", desc_act=True)
+    if kind == "packed":
+        quantization, encode, made = packed(5, 32, None)
+        quantization["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    layers = layers_of(of, made)
+    orders = {}
+    tensors = quantised.stored(of, layers, encode)
+    for seed, (name, one) in enumerate(layers.items()):
+        # The layer's codes lie in order of their groups; the file has the model's own columns.
+        width = one.codes.shape[1]
+        rng = np.random.default_rng([7, seed - ("k_proj" in name)])
+        groups = np.arange(width, dtype=np.int32) // one.group
+        if not name.endswith("1.self_attn.v_proj.weight"):
+            groups = rng.permutation(groups)
+        orders[name] = sorted(range(width), key=lambda column: groups[column])
+        turned = replace(one, codes=one.codes[:, np.argsort(orders[name])])
+        stem = name.removesuffix(".weight")
+        tensors |= {f"{stem}.{part}": item for part, item in encode(turned).items()}
+        tensors[f"{stem}.{'g_idx' if kind == 'gptq' else 'weight_g_idx'}"] = "I32", groups
+    checkpoint = convert(quantised.write(tmp_path / "q", of, quantization, tensors))
+    check(checkpoint, layers)
+    assert checkpoint.edited
+    assert checkpoint.verify() > 0
+    encodes = [node for node in checkpoint.program().nodes if node.op == "encode"]
+    assert len(encodes) == 2 * 6 - 1  # k has q's in both layers, v none in one
+    values = quantised.dequantised(of, layers)
+    for name, order in orders.items():
+        values[name] = np.ascontiguousarray(values[name][:, np.argsort(order)])
+    floats = convert(files.write_huggingface(tmp_path / "f", of, values))
+    ids = models.tokens(40, of["vocab_size"])
+    schedule = [33, *[1] * 7]
+    expected = models.logits(ReferenceExecutor.load(floats.directory, dtype="float64"), ids, schedule)
+    reference = models.logits(ReferenceExecutor.load(checkpoint.directory, dtype="float64"), ids, schedule)
+    assert models.relative_error(reference, expected) <= 1e-6
+    options: Any = {"kv_dtype": "f32", "threads": 2}
+    with closing(NativeExecutor.load(checkpoint, activations="exact", **options)) as executor:
+        assert models.relative_error(models.logits(executor, ids, schedule, 33), expected) <= 1e-5
+    # Re-quantised, the columns stay in their order.
+    (tmp_path / "f32").mkdir()
+    _requantise(checkpoint.directory, tmp_path / "f32", "f32", None)
+    with closing(NativeExecutor.load(tmp_path / "f32", activations="exact", **options)) as executor:
         assert models.relative_error(models.logits(executor, ids, schedule, 33), expected) <= 1e-5
 
 

@@ -46,7 +46,7 @@ def read(tmp_path: Path, quantization: dict[str, Any], one: Layer, parts: Stored
     found = reader(json.loads((path / "config.json").read_text()))
     assert found is not None
     n, k = one.codes.shape
-    item = found.matrices(tensors, {"m.weight": (n, k)})["m.weight"]
+    item = found.matrices(tensors, {"m.weight": (n, k)})["m.weight"].matrix
     assert not list(tensors)
     packed = item.rows(0, n)
     assert packed.spec == item.spec

@@ -278,10 +278,13 @@ class _Lowering:
             for j in self.readers[source]
             if j not in self.done and self.nodes[j].op == "linear" and self.feeds_linears(j) == first
         ]
+        if group == [i]:
+            group += self.other_half(i)
         # Later linears of the same input go along only while their outputs stay unread until then.
         terms: list[_Term] = []
         finished: dict[int, str] = {}  # member -> the buffer that holds its result in the end
         for j in group:
+            source = self.nodes[j].inputs[0]
             products = [self.product(source, j)]
             sources = {source}
             bias = self.nodes[j].weights[1:]
@@ -331,6 +334,15 @@ class _Lowering:
         for j in [*group, *self.passed]:
             self.release(j)
         self.passed.clear()
+
+    def other_half(self, i: int) -> list[int]:
+        """The linear whose result is gated by that of linear i, or gates it, from an input of its own."""
+        own = self.nodes[i].outputs[0]
+        readers = [self.nodes[r] for r in self.readers[own]]
+        if len(readers) != 1 or readers[0].op != "gated":
+            return []
+        found = self.branch(next(name for name in readers[0].inputs if name != own))
+        return [] if found is None else [found]
 
     def feeds_linears(self, j: int) -> bool:
         readers = self.readers[self.nodes[j].outputs[0]]

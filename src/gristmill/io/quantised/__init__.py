@@ -10,19 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from gristmill.errors import ModelError
-from gristmill.io.checkpoint import Matrix
 from gristmill.io.expected import Shapes
 from gristmill.io.mapped import short
 from gristmill.io.quantised.awq import Awq
 from gristmill.io.quantised.compressed_tensors import CompressedTensors
 from gristmill.io.quantised.gptq import Gptq
-from gristmill.io.quantised.layers import Tensors
+from gristmill.io.quantised.layers import Stored, Tensors
 
 
 class Reader(Protocol):
     """How the quantised matrices of one directory are read."""
 
-    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Matrix]:
+    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Stored]:
         """The quantised ones among the expected matrices, by name; their parts are taken out of `tensors`.
 
         ModelError for a part that is missing, of another shape or dtype, or cannot be expressed.

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import ModelError
-from gristmill.io.checkpoint import Matrix
 from gristmill.io.expected import Shapes, flag
 from gristmill.io.mapped import short
 from gristmill.io.quantised.layers import (
     FLOATS,
     Codes,
     Rows,
+    Stored,
     Tensors,
     Words,
     fields,
@@ -47,14 +47,14 @@ class Awq:
         self.group = group_size(config.get("group_size", config.get("q_group_size", 128)))
         self.zeros = flag(config, "zero_point", True)
 
-    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Matrix]:
+    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Stored]:
         """See `gristmill.io.quantised.Reader`."""
         return {
             f"{module}.weight": self._matrix(tensors, module, shape)
             for module, shape in modules(tensors, expected, "qweight")
         }
 
-    def _matrix(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> Matrix:
+    def _matrix(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> Stored:
         n, k = shape
         if n % 8:
             raise ModelError(f"{tensors.path}: {module} has {n} rows, which do not fill AWQ's words of 8")

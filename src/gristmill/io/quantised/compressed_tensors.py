@@ -23,19 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
-from gristmill.io.checkpoint import Matrix
 from gristmill.io.expected import Shapes, flag, integer
 from gristmill.io.mapped import short
 from gristmill.io.quantised.layers import (
     FLOATS,
     Codes,
     Rows,
+    Stored,
     Tensors,
-    check_order,
     fields,
     group_size,
     matrix,
     modules,
+    read_order,
 )
 
 METHOD = "compressed-tensors"
@@ -118,7 +118,7 @@ class CompressedTensors:
         schemes = (_scheme(name, group, config.get("format")) for name, group in groups.items())
         self.schemes = list(dict.fromkeys(schemes))
 
-    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Matrix]:
+    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Stored]:
         """See `gristmill.io.quantised.Reader`."""
         result = {}
         for part, packed in (("weight_packed", True), ("weight_scale", False)):
@@ -154,7 +154,7 @@ def _words(count: int, bits: int) -> int:
     return -(-count // (32 // bits))
 
 
-def _matrix(tensors: Tensors, module: str, shape: tuple[int, int], scheme: Scheme) -> Matrix:
+def _matrix(tensors: Tensors, module: str, shape: tuple[int, int], scheme: Scheme) -> Stored:
     (n, k), bits, group = shape, scheme.bits, scheme.columns(shape[1])
     groups = -(-k // group)
     where = f"{tensors.path}, {module}"
@@ -167,7 +167,7 @@ def _matrix(tensors: Tensors, module: str, shape: tuple[int, int], scheme: Schem
     alone = ((1,), ()) if groups == 1 else ()
     scales = tensors.take(f"{module}.weight_scale", FLOATS, (n, groups), *alone)
     zeros = _zeros(tensors, module, scheme, scales.shape, shape=(n, groups))
-    check_order(tensors, f"{module}.weight_g_idx", k, group, required=scheme.ordered)
+    order = read_order(tensors, f"{module}.weight_g_idx", k, group, required=scheme.ordered)
     return matrix(
         where,
         shape,
@@ -176,6 +176,7 @@ def _matrix(tensors: Tensors, module: str, shape: tuple[int, int], scheme: Schem
         codes=codes,
         scales=np.broadcast_to(scales, (n, groups)),
         zeros=zeros,
+        order=order,
     )
 
 

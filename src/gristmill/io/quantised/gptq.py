@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import ModelError
-from gristmill.io.checkpoint import Matrix
 from gristmill.io.expected import Shapes, flag, integer
 from gristmill.io.mapped import short
 from gristmill.io.quantised.layers import (
     FLOATS,
     Codes,
+    Stored,
     Tensors,
     Words,
-    check_order,
     fields,
     group_size,
     matrix,
     modules,
+    read_order,
 )
 
 _BITS = (2, 3, 4, 8)
@@ -56,7 +56,7 @@ class Gptq:
         if not isinstance(special, dict) or any(not key.startswith("-:") for key in special):
             raise ModelError("GPTQ with settings per layer (dynamic) cannot be read")
 
-    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Matrix]:
+    def matrices(self, tensors: Tensors, expected: Shapes) -> dict[str, Stored]:
         """See `gristmill.io.quantised.Reader`."""
         result = {}
         for module, shape in modules(tensors, expected, "qweight"):
@@ -67,14 +67,14 @@ class Gptq:
                 raise ModelError(f"{tensors.path}: {bias} is not zero, but the architecture has no such bias")
         return result
 
-    def _matrix(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> Matrix:
+    def _matrix(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> Stored:
         (n, k), bits = shape, self.bits
         group = k if self.group == -1 else self.group
         groups = -(-k // group)
         qweight = tensors.take(f"{module}.qweight", ("I32",), (-(-k * bits // 32), n)).view(np.uint32)
         qzeros = tensors.take(f"{module}.qzeros", ("I32",), (groups, -(-n * bits // 32))).view(np.uint32)
         scales = tensors.take(f"{module}.scales", FLOATS, (groups, n))
-        check_order(tensors, f"{module}.g_idx", k, group, required=self.ordered)
+        order = read_order(tensors, f"{module}.g_idx", k, group, required=self.ordered)
 
         def codes(start: int, stop: int) -> Codes:
             return _stream(qweight[:, start:stop].T, bits)[:, :k]
@@ -96,6 +96,7 @@ class Gptq:
             codes=codes,
             scales=scales.T,
             zeros=zeros,
+            order=order,
         )
 
 

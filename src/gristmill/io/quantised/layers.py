@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats import dense, group_int
-from gristmill.formats.packed import Packed, round_up
+from gristmill.formats.packed import PLANES, Packed, unit
 from gristmill.io.checkpoint import Matrix
 from gristmill.io.expected import Shapes
 from gristmill.io.mapped import short
@@ -22,8 +23,19 @@ Codes = NDArray[np.uint8]
 Rows = Callable[[int, int], Codes]
 """The rows start..stop of a table of codes or zeros; `start` is a multiple of 16."""
 
+Order = NDArray[np.int64]
+"""A permutation of columns."""
+
 FLOATS = ("F16", "BF16", "F32")
 _PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A quantised matrix; its columns are those of the model in `order`, if that is not None."""
+
+    matrix: Matrix
+    order: Order | None
 
 
 class Tensors:
@@ -82,9 +94,10 @@ def modules(tensors: Tensors, expected: Shapes, part: str) -> Iterator[tuple[str
             yield module, (shape[0], shape[1])
 
 
-def kept_bits(bits: int) -> int:
-    """The bits per code that codes of `bits` bits are kept in."""
-    return 4 if bits <= 4 else 8
+def kept_bits(bits: int, group: int, columns: int) -> int:
+    """The fewest bits per code that hold codes of `bits` bits, in groups within rows of `columns`."""
+    wide = (b for b in sorted(PLANES) if b >= bits and (group >= columns or group % unit(b) == 0))
+    return next(wide, 8)
 
 
 def fields(words: Words, bits: int) -> Codes:
@@ -105,22 +118,22 @@ def group_size(value: object) -> int:
     return value
 
 
-def check_order(tensors: Tensors, name: str, columns: int, group: int, required: bool) -> None:
-    """Takes a tensor of group indices, which must give columns their groups in order.
+def read_order(tensors: Tensors, name: str, columns: int, group: int, required: bool) -> Order | None:
+    """The order of columns that brings those of each group together, from a tensor of group indices.
 
-    Models quantised in the order of activations have their columns in another one: their inputs would have to
-    be gathered, which no program here does yet. ModelError for these, and for indices out of range.
+    int64 [K], stable within groups; None where they are in order, or the tensor is absent and not required.
+    ModelError for groups out of range, or any but the last that does not have `group` columns.
     """
     if name not in tensors and not required:
-        return
+        return None
     index = tensors.take(name, ("I32", "I64"), (columns,))
     if index.min() < 0 or index.max() >= -(-columns // group):
         raise ModelError(f"{tensors.path}: the tensor {short(name)} holds groups out of range")
-    if not np.array_equal(index, np.arange(columns) // group):
-        raise ModelError(
-            f"{tensors.path}: {short(name)} orders the columns by activation (desc_act, actorder), "
-            "which cannot be read yet"
-        )
+    plain = np.arange(columns)
+    order = np.argsort(index, kind="stable")
+    if not np.array_equal(index[order], plain // group):
+        raise ModelError(f"{tensors.path}: the groups of {short(name)} do not have {group} columns each")
+    return None if np.array_equal(order, plain) else order
 
 
 def matrix(
@@ -132,19 +145,21 @@ def matrix(
     codes: Rows,
     scales: NDArray[Any],
     zeros: Rows | int,
-) -> Matrix:
+    order: Order | None = None,
+) -> Stored:
     """The matrix with the values scale * (code - zero), in its codes.
 
     `codes` gives uint8 [rows, K], `zeros` uint8 [rows, G] or one zero for all; scales are [N, G] (bfloat16 as
     uint16), G = ceil(K / group). Where all zeros are equal, they are the offset and float16 scales stay. Else
     minimums of -scale * zero are stored with float32 scales: exact, except that float32 scales round them.
+    `order` is that of the columns in which groups lie side by side.
     """
-    kept = kept_bits(bits)
+    kept = kept_bits(bits, group, shape[1])
     zero = zeros if isinstance(zeros, int) else _common(zeros, *scales.shape)
     offset = 0 if zero is None else zero
     half = zero is not None and scales.dtype == np.float16
     # A group longer than the row would only be padding.
-    group = min(group, round_up(shape[1], 8))
+    group = 0 if group >= shape[1] else group
     try:
         spec = group_int.spec(shape, kept, group, offset, scales="f16" if half else "f32", mins=zero is None)
     except ModelError as error:
@@ -157,9 +172,10 @@ def matrix(
         if not np.isfinite(scale).all():
             raise ModelError(f"{where} has scales that are not finite")
         mins = None if isinstance(zeros, int) or zero is not None else -scale * zeros(start, stop)
-        return group_int.pack(codes(start, stop), scale, mins, bits=kept, group=group, offset=offset)
+        piece = codes(start, stop) if order is None else codes(start, stop)[:, order]
+        return group_int.pack(piece, scale, mins, bits=kept, group=group, offset=offset)
 
-    return Matrix(spec, take)
+    return Stored(Matrix(spec, take), order)
 
 
 def _common(zeros: Rows, n: int, groups: int) -> int | None:
