@@ -91,5 +91,5 @@ def test_combination(model: Path, first: str, second: str, tmp_path: Path) -> No
             error = np.abs(models.logits(executor, ids, chunks) - expected) / np.abs(expected).max()
         # Where inputs are rounded, a last bit becomes a whole step now and then.
         tight = activations == "exact" and not rounded
-        assert np.median(error) < (1e-5 if tight else 0.02), activations
-        assert error.max() < (1e-4 if tight else 0.3), activations
+        assert np.median(error) < (1e-5 if tight else 0.1), activations
+        assert error.max() < (1e-4 if tight else 0.6), activations
