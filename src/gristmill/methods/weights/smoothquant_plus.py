@@ -41,7 +41,7 @@ class SmoothQuantPlusOptions(Options):
     where: Literal["final_hidden", "per_block_sum", "logits"] = "final_hidden"
     values: bool = True
     quantile: Annotated[float, Field(ge=0.5, le=1)] = 1.0
-    tokens: Annotated[int, Field(ge=2, le=1 << 20)] = 2048
+    tokens: Annotated[int, Field(ge=2, le=1 << 20)] = 1024
 
 
 class SmoothQuantPlus(Method[SmoothQuantPlusOptions]):
