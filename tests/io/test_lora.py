@@ -189,7 +189,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "safetensors",
     ),
     "no weights": (lambda path: (path / "adapter_model.safetensors").unlink(), "cannot read"),
-    "half": (damaged_tensors(lambda t: t.pop(f"{Q}.lora_B.weight") and None), "lacks one of"),
+    "half": (damaged_tensors(lambda t: t.__delitem__(f"{Q}.lora_B.weight")), "lacks one of"),
     "vector": (
         damaged_tensors(lambda t: t.update({f"{Q}.lora_B.weight": np.ones(3, np.float32)})),
         "no matrix of",

@@ -91,7 +91,8 @@ def add_branches(program: Program, branches: Sequence[tuple[Sequence[str], int]]
     writers = program.writers()
     nodes = {node.name: node for node in program.nodes}
     weights = dict(program.weights)
-    downs: dict[str, Node] = {}
+    readers = program.readers()
+    downs: dict[str, list[Node]] = {}
     ups: dict[str, Node] = {}
 
     def declare(linear: str, role: str, *shape: int) -> tuple[str]:
@@ -114,9 +115,9 @@ def add_branches(program: Program, branches: Sequence[tuple[Sequence[str], int]]
         width = program.buffers[source].shape[1]
         assert isinstance(width, int)
         first = f"{linears[0]}.{name}_down"
-        downs[linears[0]] = Node(
-            first, "linear", (source,), (first,), declare(linears[0], "down", rank, width)
-        )
+        down = Node(first, "linear", (source,), (first,), declare(linears[0], "down", rank, width))
+        # Before all that read x: the native backend takes linears of one input together.
+        downs.setdefault(readers[source][0].name, []).append(down)
         for linear in linears:
             rows = program.weights[nodes[linear].weights[0]].shape[0]
             up = f"{linear}.{name}_up"
@@ -125,8 +126,7 @@ def add_branches(program: Program, branches: Sequence[tuple[Sequence[str], int]]
     changed: list[Node] = []
     for original in program.nodes:
         node = replace(original, inputs=tuple(renamed.get(n, n) for n in original.inputs))
-        if node.name in downs:
-            down = downs[node.name]
+        for down in downs.get(node.name, ()):
             changed.append(replace(down, inputs=tuple(renamed.get(n, n) for n in down.inputs)))
         changed.append(node)
         if node.name in ups:
