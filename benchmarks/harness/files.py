@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -56,6 +57,13 @@ def _recipe(name: str) -> Recipe:
         kind = part.partition(".")[0]
         source = f"{model}/model.gguf"
         return lambda out, say: _python("llamacpp", "llamacpp_quantize.py", source, out, say, mode=kind)
+    if part == "f32.gguf":
+        source = f"{model}/model.gguf"
+        return lambda out, say: _python("llamacpp", "llamacpp_quantize.py", source, out, say, mode="f32")
+    if part == "calibration.json":
+        return lambda out, say: _calibration(model, out, say)
+    if part.startswith("quants/"):
+        return _quants(model, part.removeprefix("quants/"))
     if part.startswith("openvino-"):
         kind, source = part.removeprefix("openvino-"), f"{model}/hf"
         return lambda out, say: _python("openvino", "openvino_export.py", source, out, say, mode=kind)
@@ -98,6 +106,31 @@ def _random(part: str) -> Recipe:
         shutil.rmtree(both)
 
     return make
+
+
+def _quants(model: str, name: str) -> Recipe:
+    """The layers alone at few bits: by llama.cpp, those files as plain floats, or by llm-compressor."""
+    kind = name.removesuffix(".gguf")
+    if name.endswith("-floats"):
+        source = f"{model}/quants/{name.removesuffix('-floats')}.gguf"
+        return lambda out, say: _python("transformers", "models.py from-gguf", source, out, say)
+    if name.endswith(".gguf"):
+        script, source = "llamacpp_quantize.py --keep-embedding", f"{model}/f32.gguf"
+        return lambda out, say: _python("llamacpp", script, source, out, say, mode=kind)
+
+    def make(out: Path, say: Say) -> None:
+        ensure_file(f"{model}/calibration.json", say)
+        _python("llmcompressor", "llmcompressor_quantize.py", f"{model}/hf", out, say, mode=kind)
+
+    return make
+
+
+def _calibration(model: str, out: Path, say: Say) -> None:
+    """The token ids that gristmill's methods calibrate on unless told otherwise."""
+    from gristmill.calibrate.text import CalibrationText
+
+    sequences = CalibrationText().read(ensure_file(f"{model}/model.gguf", say))
+    out.write_text(json.dumps({**sequences.report(), "ids": sequences.ids}))
 
 
 def _onnx(model: str, mode: str, out: Path, say: Say) -> None:

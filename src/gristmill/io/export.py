@@ -251,6 +251,7 @@ def _packed_plan(packed: Packed, symmetric: bool, order: Order | None) -> Plan:
         if start == 0:
             made["_shape"] = np.array([n, k], np.int64)
             if "_g_idx" in parts:
+                assert order is not None
                 made["_g_idx"] = np.argsort(order).astype(np.int32) // packed.group
         zeros = None if symmetric else _zeros(piece)
         if zeros is not None:
