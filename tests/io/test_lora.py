@@ -14,11 +14,12 @@ import safetensors.numpy
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
-from gristmill.errors import UsageError
+from gristmill.calibrate.sites import KEYS, SMOOTHING, find_sites
+from gristmill.errors import ModelError, UsageError
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.convert import prepare
 from gristmill.io.lora import open_adapted, read_adapter
-from gristmill.methods.compress import compress
+from gristmill.methods.compress import compress, write
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Recipe
 from tests.kits import files, models
@@ -119,36 +120,46 @@ def test_no_adapter_is_the_plain_checkpoint(base: tuple[Path, files.Tensors]) ->
     assert type(open_adapted(base[0])) is Checkpoint
 
 
-@pytest.mark.parametrize("rank", [4, 4096])
-def test_a_smoothed_and_rounded_model_takes_it(
-    rank: int, tmp_path: Path, base: tuple[Path, files.Tensors], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The adapter changes a smoothed model as it changes the model from before; nothing is rounded anew."""
+def test_a_scaled_model_takes_it(tmp_path: Path) -> None:
+    """Scales moved at every site, of keys, too: the adapter means what it meant before."""
     source, tensors = models.save(tmp_path / "small", OF)
+    draft = Draft(Checkpoint.open(prepare(source)))
+    rng = np.random.default_rng(4)
+    for site in find_sites(draft.program, (*SMOOTHING, KEYS)):
+        draft.fold(site, np.exp(rng.normal(0, 1, site.width)))
+    (tmp_path / "out").mkdir()
+    recipe = Recipe.from_yaml("methods: [{method: rtn}]")
+    write(draft, recipe, tmp_path / "out", floats="f32")
+    scaled = Checkpoint.open(tmp_path / "out")
+    scaled.verify()
+    modules = (*MODULES, "self_attn.k_proj", "mlp.gate_proj", "lm_head")
+    path, added = adapter(tmp_path / "a", 3, modules=modules)
+    expected = reference(Checkpoint.open(prepare(source)), merged(tensors, added, 8 / 3))
+    assert models.relative_error(native(open_adapted(tmp_path / "out", path)), expected) < 1e-4
+    # Without the scales it would be another model.
+    (tmp_path / "out" / "smoothing.safetensors").unlink()
+    assert models.relative_error(native(open_adapted(tmp_path / "out", path)), expected) > 0.1
+    with pytest.raises(ModelError, match="cannot read"):
+        scaled.verify()
+
+
+def test_a_rounded_model_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides a branch and rounded inputs; nothing is rounded anew."""
+    source, _ = models.save(tmp_path / "small", OF)
     monkeypatch.setattr(Draft, "sequences", [models.tokens(n, 250, seed=n).tolist() for n in (40, 33)])
-    text = f"methods: [{{method: svdquant, rank: {rank}, grid: 2, iterations: 2, activation_bits: none}}]"
+    text = "methods: [{method: svdquant, rank: 4, grid: 2, iterations: 2, activation_bits: 8}]"
     compress(source, Recipe.from_yaml(text), tmp_path / "out", evaluate=False)
     plain = Checkpoint.open(tmp_path / "out")
-    assert any(not np.allclose(v, 1) for pair in plain.factors.values() for v in pair)
-    path, added = adapter(tmp_path / "a", 3)
+    path = adapter(tmp_path / "a", 3)[0]
     checkpoint = open_adapted(tmp_path / "out", path)
     for name in plain.specs:
         for part, array in plain.packed(name).arrays.items():
             assert np.array_equal(checkpoint.packed(name).arrays[part], array)
-    expected = reference(Checkpoint.open(prepare(source)), merged(tensors, added, 8 / 3))
-    if rank == 4096:  # all in the branch: what is left is bf16's error
-        assert models.relative_error(native(checkpoint), expected) < 0.05
-        assert models.relative_error(native(plain), expected) > 0.2
-    # The same change, by weights: columns and rows of the smoothed model's own matrices.
-    executor = ReferenceExecutor.load(plain, dtype="float64")
-    for name, a in added.items():
-        if ".lora_A." in name:
-            target = name.removeprefix(ROOT).replace(".lora_A.", ".")
-            rows, columns = plain.factors[target]
-            delta = 8 / 3 * added[name.replace("lora_A", "lora_B")].astype(np.float64) @ a
-            executor.weights[target] += executor.weights[target].new_tensor(delta * rows[:, None] * columns)
-    ids = models.tokens(30, executor.vocab_size)
-    assert models.relative_error(native(checkpoint), models.logits(executor, ids, [30])) < 1e-4
+    executor = ReferenceExecutor.load(checkpoint, dtype="float64")
+    expected = models.logits(executor, models.tokens(30, executor.vocab_size), [30])
+    assert models.relative_error(native(checkpoint), expected) < 0.05
+    assert models.relative_error(native(checkpoint, "fast"), expected) < 0.1
+    assert models.relative_error(native(plain), expected) > 0.2
 
 
 def damaged_config(**changes: Any) -> Callable[[Path], None]:

@@ -341,7 +341,7 @@ def candidates(a: NDArray[np.float64], b: NDArray[np.float64], grid: int) -> lis
 
 
 def low_rank(w: Tensor, rank: int, *, start: Tensor | None = None) -> Fit:
-    """U [N, r] and D [r, K], in the dtype of W: U D is next to W [N, K] in the Frobenius norm.
+    """U [N, r] and D [r, K], in W's dtype, with U D next to W [N, K] in the Frobenius norm; r <= min(N, K).
 
     The truncated SVD (Eckart and Young), from the eigenvectors of the smaller Gram matrix in float64: rows
     of D are right singular vectors whose largest entry is positive, U holds the singular values. start: a D
