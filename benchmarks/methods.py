@@ -65,6 +65,7 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--work", type=Path, help="keep the checkpoints here (default: nowhere)")
+    parser.add_argument("--prepare", action="store_true", help="with --work: compress, measure nothing yet")
     parser.add_argument("--only", action="append", help="a recipe's name; may be repeated; writes no files")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
@@ -84,6 +85,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
         result = run(arguments, recipes, work)
+    if arguments.prepare:
+        return 0
     if not arguments.only:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         write(result)
@@ -98,17 +101,22 @@ def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) ->
     if not planted.exists():
         recipe = Recipe((Entry(Plant(), Options(), (), 1),), "planted", floats="f32")
         compress(arguments.model, recipe, planted, evaluate=False)
+    claimed = [recipe for recipe in recipes if recipe.name in CLAIMS]
     seconds = {}
-    for recipe in recipes:
-        target = work / "plain" / recipe.name
-        if not target.exists():
-            print(f"{recipe.name}: compressing", file=sys.stderr)
-            begin = perf_counter()
-            compress(arguments.model, recipe, target, evaluate=False)
-            seconds[recipe.name] = perf_counter() - begin
+    for model, chosen, place in ((arguments.model, recipes, "plain"), (planted, claimed, "outliers")):
+        for recipe in chosen:
+            target, took = work / place / recipe.name, work / place / f"{recipe.name}.seconds"
+            if not target.exists():
+                print(f"{place}: {recipe.name}", file=sys.stderr)
+                begin = perf_counter()
+                compress(model, recipe, target, evaluate=False)
+                took.write_text(str(perf_counter() - begin))
+            if place == "plain" and took.exists():
+                seconds[recipe.name] = float(took.read_text())
+    if arguments.prepare:
+        return {}
     options = {"tokens": arguments.tokens, "repeats": arguments.repeats, "threads": arguments.threads}
     plain = compare(arguments.model, recipes, work / "plain", **options)
-    claimed = [recipe for recipe in recipes if recipe.name in CLAIMS]
     outliers = compare(planted, claimed, work / "outliers", **{**options, "repeats": 1})
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
