@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -65,6 +66,7 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--work", type=Path, help="keep the checkpoints here (default: nowhere)")
+    parser.add_argument("--calibration", type=int, default=2048, help="tokens that methods calibrate on")
     parser.add_argument("--prepare", action="store_true", help="with --work: compress, measure nothing yet")
     parser.add_argument("--only", action="append", help="a recipe's name; may be repeated; writes no files")
     parser.add_argument("--tokens", type=int, default=4096)
@@ -75,7 +77,7 @@ def main() -> int:
     if arguments.table:
         write(json.loads(RESULTS.read_text()))
         return 0
-    recipes = [Recipe.load(path) for path in sorted(RECIPES.glob("*.yaml"))]
+    recipes = [with_tokens(Recipe.load(p), arguments.calibration) for p in sorted(RECIPES.glob("*.yaml"))]
     missing = set(methods.names()) - {e.method.name for r in recipes for e in r.entries}
     if missing:
         print(f"methods: no recipe in {RECIPES.name} uses {', '.join(sorted(missing))}", file=sys.stderr)
@@ -93,6 +95,11 @@ def main() -> int:
         plot(result["plain"], ROOT / "docs" / "pareto.png")
     print(table(result))
     return 0
+
+
+def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
+    """The recipe, calibrated on so many tokens."""
+    return replace(recipe, calibration=recipe.calibration.model_copy(update={"tokens": tokens}))
 
 
 def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) -> dict[str, Any]:
@@ -121,7 +128,13 @@ def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) ->
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    return {"commit": commit, "compress_s": seconds, "plain": plain, "planted": outliers}
+    return {
+        "commit": commit,
+        "calibration": arguments.calibration,
+        "compress_s": seconds,
+        "plain": plain,
+        "planted": outliers,
+    }
 
 
 def write(result: Mapping[str, Any]) -> None:
@@ -157,7 +170,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{plain['base_perplexity']:.3f}; {plain['machine']['cpu']}, "
         f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}. Speeds are "
         f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has fewer "
-        "bytes and less KL. "
+        f"bytes and less KL. Methods calibrate on {result['calibration']} tokens. "
         "The last two columns are of the model with planted outliers, for recipes that claim it.",
         "",
         "| recipe | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s | compress s "

@@ -155,7 +155,7 @@ def test_e4m3_product(level: str, weight: str, ordered: bool) -> None:
             assert models.relative_error(found[rows], expected[rows]) < (1e-5 if exact else 2**-7)
         assert np.array_equal(found[0], vectors["lm_head.bias"])  # a row of zeros
     unrounded = models.logits(ReferenceExecutor(plain, weights, dtype="float64"), ids, [32])[2:]
-    assert models.relative_error(unrounded, expected[2:]) > 1e-3
+    assert models.relative_error(unrounded, expected[2:]) > 1e-4
 
 
 def test_e4m3_rounding_of_the_reference() -> None:
@@ -172,7 +172,7 @@ def test_e4m3_rounding_of_the_reference() -> None:
 @pytest.mark.parametrize("activations", ["exact", "bf16", "fast"])
 def test_contract(level: str, activations: str) -> None:
     """The same bits for any cut of the prompt, company and thread count."""
-    program, packed, vectors = edited("llama-smollm2", "branch mixed round")
+    program, packed, vectors = edited("llama", "branch mixed round")
     for threads in (1, 3):
         with closing(
             NativeExecutor(program, packed, vectors, activations=activations, threads=threads, level=level)

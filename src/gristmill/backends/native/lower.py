@@ -220,7 +220,10 @@ class _Lowering:
         groups = -(-source.width // a["group"]) if a["group"] else 0
         limits = [2.0 ** (b - 1) - 1 for b in (a["bits"] if len(a["bits"]) != 1 else a["bits"] * groups)]
         readers = [self.nodes[j] for j in self.readers[output]]
-        if a["kind"] != "none" and self.activations == "fast":
+        weights = [self.weight(r.weights[0]) for r in readers if r.op == "linear"]
+        # Float weights alone take the rounded values in their own arithmetic; fp8's rows are for them.
+        floats = a["kind"] == "int" and not any(w.integer for w in weights)
+        if a["kind"] != "none" and self.activations == "fast" and not floats:
             kind = "int8" if a["kind"] == "int" else "fp8"
             self.buffers[output] = _Buffer(_NOWHERE, source.width, source.logits, kind)
             for reader in readers:

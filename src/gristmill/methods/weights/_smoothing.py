@@ -46,6 +46,5 @@ def folded(weights: Mapping[str, Any], sites: Sequence[Site], factors: Factors) 
 
 def move(draft: Draft, sites: Sequence[Site], factors: Factors) -> None:
     """Moves the factors in the draft."""
-    names = {part.weight for site in sites for part in site.parts}
-    for name, values in folded({name: draft.weight(name) for name in names}, sites, factors).items():
-        draft.set(name, values)
+    for site in sites:
+        draft.fold(site, factors[site.buffer])

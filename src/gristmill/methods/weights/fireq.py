@@ -248,9 +248,7 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
                 factors.append((before, found["factors"]))
             key_scales[node.name] = found["key_scale"]
     for site, s in factors:
-        tensors = {part.weight: draft.weight(part.weight) for part in site.parts}
-        for name, values in fold(tensors, site, s).items():
-            draft.set(name, values)
+        draft.fold(site, s)
     if options.keys in _AFTER:
         draft.edit(keep_keys(draft.program, attention, scaled=True))
         for name, scale in key_scales.items():
