@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gristmill.backends.native import NativeExecutor
 from gristmill.calibrate.gptq import gptq
 from gristmill.errors import ModelError
 from gristmill.methods.weights.marlin import search_scale
@@ -75,6 +77,9 @@ def test_resumes_and_runs(tmp_path: Path, sparse: str) -> None:
     spec = made.specs["model.layers.0.self_attn.o_proj.weight"]
     assert spec.format == ("sparse24" if sparse == "true" else "group_int")
     assert (spec.group, spec.bits, spec.offset, spec.mins) == (576, 4, 8, False)
+    assert made.activations == "bf16"
+    with closing(NativeExecutor.load(made)) as executor:
+        assert executor.activations == "bf16"
 
 
 def test_sparse_groups_are_refused_by_name(tmp_path: Path) -> None:

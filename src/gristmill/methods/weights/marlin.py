@@ -48,7 +48,7 @@ class Marlin(Method[MarlinOptions]):
         return ("pruning", "rounding", "weight_format") if options.sparse else ("rounding", "weight_format")
 
     def apply(self, draft: Draft, options: MarlinOptions, tensors: Sequence[str]) -> None:
-        """Packs every tensor, in the order in which the model runs."""
+        """Packs every tensor, in the order in which the model runs, and means 16-bit activations."""
         from gristmill.calibrate.gptq import Rounded, gptq
 
         steps = _CLIP_STEPS if options.clip else 1
@@ -65,6 +65,7 @@ class Marlin(Method[MarlinOptions]):
             )
 
         round_in_sequence(draft, self.name, tensors, solve)
+        draft.activations = "bf16"  # W4A16
 
 
 def search_scale(x: NDArray[np.float32], root: Tensor, steps: int) -> NDArray[np.float32]:
