@@ -34,7 +34,7 @@ RECIPES = ROOT / "examples" / "recipes"
 KINDS = ("norm", "gated", "keys")
 CLAIMS = (
     *("rtn", "awq", "smoothquant_plus", "w4a4", "w4a8", "svdquant", "svdquant_smoothing"),
-    *("comet", "comet_unpermuted", "fireq", "fireq_unscaled", "flexq", "w6a6"),
+    *("comet", "fireq", "fireq_unscaled"),
 )
 """Recipes for which the papers claim something on models with outliers."""
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
