@@ -6,6 +6,7 @@ verb needs is imported when it runs, so that `generate` starts fast. Exit codes:
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -572,17 +573,14 @@ def compare(*, model: str, out: str, no_plot: bool, as_json: bool, **options: An
     from gristmill.methods import compare as comparing
     from gristmill.terminal import recipes as tables
 
+    if not no_plot:
+        comparing.need_plot()
     with Bar() as bar:
         result = comparing.compare(model, out=out, progress=bar, **options)
-    path = Path(out) / "pareto.png"
+    (Path(out) / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
+    output.show_json(result) if as_json else output.show(tables.comparison_table(result))
     if not no_plot:
-        comparing.plot(result, path)
-    if as_json:
-        output.show_json(result)
-    else:
-        output.show(tables.comparison_table(result))
-        if not no_plot:
-            output.say(f"plot: {path}")
+        comparing.plot(result, Path(out) / "pareto.png")
 
 
 @app.command()

@@ -15,9 +15,10 @@ from gristmill.backends.reference import ReferenceExecutor
 from gristmill.errors import ModelError, UsageError
 from gristmill.formats import group_int
 from gristmill.io.checkpoint import Checkpoint
+from gristmill.io.convert import prepare
 from gristmill.methods import method
 from gristmill.methods.base import Method, Options
-from gristmill.methods.compress import compress
+from gristmill.methods.compress import compress, identity
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Entry, Recipe
 from gristmill.program.edits import round_inputs
@@ -130,8 +131,6 @@ def test_tampering_is_found(small: Path, tmp_path: Path) -> None:
 
 
 def test_values_must_be_finite(small: Path) -> None:
-    from gristmill.io.convert import prepare
-
     draft = Draft(Checkpoint.open(prepare(small)))
     name = "model.layers.0.mlp.up_proj.weight"
     values = draft.weight(name).copy()
@@ -159,3 +158,37 @@ def test_program_json_is_the_program(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compress(small, Recipe((Entry(Interrupting(), Options(), (), 1),)), out, evaluate=False)
     assert Program.from_json((out / "program.json").read_text()) == Checkpoint.open(out).program()
+
+
+def test_a_program_cannot_be_taken_away_or_put_in(small: Path, tmp_path: Path) -> None:
+    edited, plain = tmp_path / "edited", tmp_path / "plain"
+    compress(small, Recipe((Entry(Interrupting(), Options(), (), 1),)), edited, evaluate=False)
+    compress(small, Recipe.from_yaml(RTN), plain, evaluate=False)
+    text = (edited / "program.json").read_text()
+    (edited / "program.json").unlink()
+    with pytest.raises(ModelError, match=r"lacks its program\.json"):
+        Checkpoint.open(edited)
+    (plain / "program.json").write_text(text)
+    with pytest.raises(ModelError, match="has a program that its config does not name"):
+        Checkpoint.open(plain)
+
+
+def test_groups_that_do_not_fit_are_refused(small: Path, tmp_path: Path) -> None:
+    text = "methods: [{method: round_activations, group: 64}, {method: rtn, group: 32}]"
+    with pytest.raises(UsageError, match="groups of 64 columns, its weights in groups of 32"):
+        compress(small, Recipe.from_yaml(text), tmp_path / "out", evaluate=False)
+    assert not list(tmp_path.iterdir())
+    compress(small, Recipe.from_yaml(text.replace("32", "64")), tmp_path / "out", evaluate=False)
+
+
+def test_the_identity_covers_the_calibration_text(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint.open(prepare(small))
+    monkeypatch.setattr(type(method("rtn")), "calibrated", True)
+    (tmp_path / "text").write_text("one")
+    recipe = Recipe.from_yaml(f"calibration: {{text: {tmp_path / 'text'}}}\n{RTN}")
+    first = identity(source, recipe)
+    assert identity(source, recipe) == first
+    (tmp_path / "text").write_text("two")
+    assert identity(source, recipe) != first

@@ -76,6 +76,8 @@ methods:
         ("methods:\n- method: rtn\nmethod: x", "line 3: method: unknown option"),
         ("calibration:\n  tokens: 1\nmethods:\n- method: rtn", "line 2: calibration.tokens: "),
         ("methods: {", "line 1: "),
+        ("methods:\n- method: rtn\n  tensors: []", "line 3: tensors is a list of patterns"),
+        ("name: ../x\nmethods:\n- method: rtn", "line 1: name: "),
         ("a: !!python/object/apply:os.system ['true']", "line 1: could not determine a constructor"),
         ("methods:\n- method: rtn\n  group: 1e400", "line 3: rtn: group: "),
     ],

@@ -96,6 +96,7 @@ def write(
     recipe: str,
     program: Program | None = None,
     factors: Factors | None = None,
+    adapters: bool = True,
     activations: str | None = None,
     progress: Progress | None = None,
     label: str = "converting",
@@ -103,7 +104,8 @@ def write(
     """Writes config, weights, recipe and report into an existing directory.
 
     program: what to run, if it is not what the config alone says; it names the same tensors as `items`.
-    factors: of matrices whose rows or columns a recipe has scaled.
+    factors: of matrices whose rows or columns a recipe has scaled. adapters: whether adapters of the
+    source fit, which they do not where channels were put in another order.
     activations: the arithmetic that the recipe means the linear layers to have, unless a user asks otherwise.
 
     Matrices are made in pieces, a few at a time on all processors, so that memory stays small. Raises OSError
@@ -136,6 +138,10 @@ def write(
     quantization = {"quant_method": "gristmill", "version": VERSION, "tensors": formats}
     if activations is not None:
         quantization["activations"] = activations
+    if program is not None:
+        quantization["program"] = PROGRAM
+    if not adapters:
+        quantization["adapters"] = False
     dump_json(directory / "config.json", {**config, "quantization_config": quantization})
     matrices = [item.spec for item in items.values() if isinstance(item, Matrix)]
     figures = {
@@ -227,6 +233,9 @@ class Checkpoint:
         """`exact`, `bf16` or `fast`, if the recipe that made the checkpoint means one of them."""
         self._program = _read_program(directory / PROGRAM)
         self.edited = self._program is not None
+        if self.edited != (self.config["quantization_config"].get("program") == PROGRAM):
+            where = "has a program that its config does not name" if self.edited else f"lacks its {PROGRAM}"
+            raise ModelError(f"{directory} {where}")
         """Whether a recipe has changed the program."""
         if self._program is None:
             expected = expected_tensors(self.config)
@@ -349,7 +358,7 @@ class Checkpoint:
         hashes = report.get("sha256")
         if not isinstance(hashes, dict):
             raise ModelError(f"{self.directory / 'report.json'} holds no hashes to verify against")
-        if self.edited:
+        if PROGRAM in hashes:
             text = read_small(self.directory / PROGRAM, _PROGRAM_LIMIT)
             if hashes.get(PROGRAM) != hashlib.sha256(text).hexdigest():
                 raise ModelError(f"{self.directory / PROGRAM} is not what was written (SHA-256 differs)")

@@ -394,6 +394,7 @@ def _requantise(stored: Path, directory: Path, weights: str, progress: Progress 
         program=source.program() if source.edited else None,
         factors=source.factors,
         activations=source.activations,
+        adapters=source.config["quantization_config"].get("adapters") is not False,
         progress=progress,
         label=f"converting to {weights}",
     )

@@ -137,6 +137,8 @@ class AdaptedCheckpoint(Checkpoint):
 
         super().__init__(directory)
         self._added: dict[str, Packed] = {}
+        if self.config["quantization_config"].get("adapters") is False:
+            raise ModelError(f"{self.directory}: its channels are in an order of their own: no adapter fits")
         program = self.program()
         for number, (path, strength) in enumerate(adapters):
             nodes = {node.name: node for node in program.nodes if node.op == "linear"}

@@ -33,7 +33,7 @@ EXCLUSIVE = ("rounding", "weight_format", "activation_encoding", "kv_format")
 
 
 class Options(BaseModel):
-    """Base of every method's options: unknown names and wrong types are refused."""
+    """Base of every method's options: unknown names and values out of range are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -102,15 +102,19 @@ _QUALITY = ("bits_per_weight", "weight_bytes", "kl_mean", "kl_p99", "top1_agreem
 
 
 def _compressed(model: str | Path, recipe: Recipe, out: Path, progress: Progress | None) -> Path:
-    from gristmill.methods.compress import compress
+    from gristmill.io.checkpoint import Checkpoint
+    from gristmill.io.convert import prepare
+    from gristmill.io.json_file import read_object
+    from gristmill.methods.compress import compress, identity
 
     target = out / recipe.name
     if not target.exists():
         compress(model, recipe, target, evaluate=False, progress=progress)
-    elif not (target / "recipe.yaml").is_file() or (target / "recipe.yaml").read_text() != recipe.to_yaml():
-        raise UsageError(
-            f"{target} exists and was not made by this recipe: remove it, or choose another directory"
-        )
+        return target
+    source = Checkpoint.open(prepare(model, progress=progress))
+    report = target / "report.json"
+    if not report.is_file() or read_object(report).get("identity") != identity(source, recipe):
+        raise UsageError(f"{target} exists and was not made from this model by this recipe: remove it")
     return target
 
 
@@ -153,15 +157,18 @@ def _add_speeds(
             row[f"{kind}_ratio"] = row[f"{kind}_tokens_per_s"] / rows[0][f"{kind}_tokens_per_s"]
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """The results as points of bytes and KL, coloured by decode speed, with the Pareto front; a PNG.
+def need_plot() -> None:
+    """UsageError without matplotlib."""
+    from importlib.util import find_spec
 
-    UsageError without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("the plot needs matplotlib: pip install 'gristmill[plot]'") from None
+    if find_spec("matplotlib") is None:
+        raise UsageError("the plot needs matplotlib: pip install 'gristmill[plot]', or --no-plot")
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """The results as points of bytes and KL, coloured by decode speed, with the Pareto front; a PNG."""
+    need_plot()
+    from matplotlib.figure import Figure
 
     rows = result["results"]
     # What equals the base has no place on a logarithmic axis; it is drawn at the foot.

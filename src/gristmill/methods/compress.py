@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.errors import GristmillError, UsageError
+from gristmill.errors import GristmillError, ModelError, UsageError
 from gristmill.formats import dense
 from gristmill.io import checkpoint
 from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Progress, Vector
@@ -56,10 +55,16 @@ def compress(
     if recipe.calibrated:
         _need_torch()
     try:
-        with _workplace(target, _identity(source, recipe)) as work:
+        with _workplace(target, identity(source, recipe)) as work:
             draft = Draft(source, calibration=recipe.calibration, kept=work / "steps", progress=progress)
-            for entry, tensors in zip(recipe.entries, chosen, strict=True):
-                entry.method.apply(draft, entry.options, tensors)
+            try:
+                for entry, tensors in zip(recipe.entries, chosen, strict=True):
+                    entry.method.apply(draft, entry.options, tensors)
+                _check_groups(draft)
+            except (UsageError, ModelError):
+                # Another call would fail alike: nothing here is worth keeping.
+                shutil.rmtree(work)
+                raise
             result = work / "result"
             shutil.rmtree(result, ignore_errors=True)
             result.mkdir()
@@ -108,6 +113,7 @@ def write(
         "notes": draft.notes,
         "source": kept.get("source"),
         "gristmill": __version__,
+        "identity": identity(source, recipe),
     }
     copy_sides(source.directory, directory)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -120,10 +126,27 @@ def write(
         recipe=recipe.to_yaml(),
         program=draft.program if edited else None,
         factors=draft.factors,
+        adapters=draft.adapters,
         activations=draft.activations,
         progress=progress,
         label="writing",
     )
+
+
+def _check_groups(draft: Draft) -> None:
+    """UsageError where a method rounds inputs in other groups than another one the weights that meet them."""
+    program = draft.program
+    for encode in (n for n in program.nodes if n.op == "encode" and n.attributes["kind"] == "int"):
+        group = encode.attributes["group"]
+        for reader in program.readers()[encode.outputs[0]]:
+            packed = draft.packed.get(reader.weights[0])
+            if packed is None or packed.format not in ("group_int", "sparse24"):
+                continue
+            if packed.group != group and not (packed.groups == 1 and group >= packed.shape[1]):
+                raise UsageError(
+                    f"the inputs of {reader.name} are rounded in groups of {group} columns, its weights in "
+                    f"groups of {packed.group}: give both methods the same group"
+                )
 
 
 def _dense_rows(values: np.ndarray[Any, Any], floats: str, start: int, stop: int) -> Any:
@@ -143,10 +166,15 @@ def _add_quality(directory: Path, model: str | Path, progress: Progress | None) 
     checkpoint.dump_json(directory / "report.json", report)
 
 
-def _identity(source: Checkpoint, recipe: Recipe) -> str:
-    """What must be the same for work to be resumed: the model's bytes, the recipe, the version."""
+def identity(source: Checkpoint, recipe: Recipe) -> str:
+    """What must be the same for the result to be the same: the model, the recipe, its text, the version.
+
+    (On one machine with one number of PyTorch's threads: sums of floats depend on both.)
+    """
     digest = hashlib.sha256(f"{__version__}\n{recipe.to_yaml()}\n".encode())
-    for name in ("config.json", "report.json", checkpoint.PROGRAM):
+    text = Path(recipe.calibration.text).expanduser()
+    digest.update(text.read_bytes() if recipe.calibrated and text.is_file() else b"")
+    for name in ("config.json", "report.json", "tokenizer.json", checkpoint.PROGRAM, checkpoint.SMOOTHING):
         path = source.directory / name
         digest.update(path.read_bytes() if path.exists() else b"")
     info = (source.directory / checkpoint.WEIGHTS).stat()
@@ -155,7 +183,7 @@ def _identity(source: Checkpoint, recipe: Recipe) -> str:
 
 
 @contextmanager
-def _workplace(target: Path, identity: str) -> Iterator[Path]:
+def _workplace(target: Path, wanted: str) -> Iterator[Path]:
     """A hidden directory beside `target` for one process; removed at the end unless the block raises."""
     work = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,13 +193,18 @@ def _workplace(target: Path, identity: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another process is writing {target}") from None
-        state = work / "state.json"
-        known = json.loads(state.read_text()).get("identity") if state.exists() else identity
-        if known != identity:
+        if target.exists():
+            shutil.rmtree(work)
+            raise UsageError(f"{target} exists already")
+        state = work / "identity"
+        if not state.exists():
+            partial = state.with_suffix(".partial")
+            partial.write_text(wanted)
+            os.replace(partial, state)
+        if state.read_text() != wanted:
             raise UsageError(
                 f"{work} holds the unfinished work of another recipe or model: finish that, or remove it"
             )
-        checkpoint.dump_json(state, {"identity": identity})
         yield work
         if target.exists():
             shutil.rmtree(work)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from gristmill.errors import ModelError
 from gristmill.formats.packed import Packed, PackedSpec, decode_f32
-from gristmill.io.checkpoint import Checkpoint, Factors, Progress
+from gristmill.io.checkpoint import Checkpoint, Factors, Progress, dump_json
+from gristmill.io.json_file import read_object
 from gristmill.io.safetensors import SafetensorsFile, Writer
 from gristmill.methods.recipe import Calibration
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gristmill.calibrate.sites import Site
     from gristmill.program.nodes import Program
 
+_TEXT = "calibration.json"
 Arrays = dict[str, NDArray[Any]]
 _KINDS = {"f4": "F32", "f8": "F64", "f2": "F16", "u1": "U8", "u2": "U16", "i4": "I32", "i8": "I64"}
 
@@ -56,11 +58,15 @@ class Draft:
         self.notes: list[str] = []
         """What a method did otherwise than asked, one line each: goes into the report."""
         self.progress: Progress = progress or (lambda label, done, total: None)
-        self.activations: str | None = None
+        self.activations = source.activations
         """The arithmetic of the linear layers that the methods mean, if not the default."""
+        self.adapters = source.config["quantization_config"].get("adapters") is not False
+        """Whether adapters made for the source still fit: no channel was put in another order."""
         self.calibrated_on: dict[str, Any] | None = None
         """The calibration text's name, size and hash, once something has used it."""
         self._kept = kept
+        if kept is not None and (kept / _TEXT).is_file():
+            self.calibrated_on = read_object(kept / _TEXT)
         self._step = 0
         self._weights: dict[str, NDArray[np.float32]] = {}
         self._executor: ReferenceExecutor | None = None
@@ -147,6 +153,9 @@ class Draft:
             self.source.directory, progress=self.progress
         )
         self.calibrated_on = found.report()
+        if self._kept is not None:
+            # A resumed run may not need the text again, but must say what it was.
+            dump_json(self._kept / _TEXT, self.calibrated_on)
         return found.ids
 
     # Results kept ---------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Calibration(BaseModel):
 class _Document(BaseModel):
     model_config = _STRICT
     version: Literal[1] = 1
-    name: Annotated[str, Field(max_length=100)] = ""
+    name: Annotated[str, Field(max_length=100, pattern=r"^(\w[\w.+-]*)?$")] = ""
     calibration: Calibration = Calibration()
     floats: Literal["bf16", "f16", "f32"] = "bf16"
     methods: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -64,13 +64,12 @@ class Entry:
     def tensors(self, program: Program) -> list[str]:
         """The weights that the method is applied to, in program order. UsageError if there are none."""
         able = self.method.tensors(program, self.options)
-        chosen = [n for n in able if not self.patterns or any(fnmatchcase(n, p) for p in self.patterns)]
-        if not chosen:
-            raise UsageError(
-                f"line {self.line}: {self.method.name}: no tensor that it can take is named "
-                f"{' or '.join(self.patterns) or 'so'}"
-            )
-        return chosen
+        for pattern in self.patterns:
+            if not any(fnmatchcase(name, pattern) for name in able):
+                raise UsageError(
+                    f"line {self.line}: {self.method.name}: no tensor that it can take is named {pattern}"
+                )
+        return [n for n in able if not self.patterns or any(fnmatchcase(n, p) for p in self.patterns)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,8 @@ class Recipe:
             if not isinstance(kind, str):
                 raise UsageError(f"{where}, line {lines.of(at)}: an entry needs the name of a method")
             patterns = [patterns] if isinstance(patterns, str) else patterns
-            if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            good = isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)
+            if not good or ("tensors" in item and not patterns):
                 raise UsageError(f"{where}, line {lines.of((*at, 'tensors'))}: tensors is a list of patterns")
             try:
                 chosen = method(kind)
@@ -198,11 +198,13 @@ class _Lines:
 
     def __init__(self, root: Any) -> None:
         self._lines: dict[tuple[str | int, ...], int] = {}
+        self._seen: set[int] = set()
         self._walk(root, (), 0)
 
     def _walk(self, node: Any, at: tuple[str | int, ...], depth: int) -> None:
-        if node is None or depth > 20:
+        if node is None or depth > 20 or id(node) in self._seen:
             return
+        self._seen.add(id(node))  # an alias leads to the same node again
         self._lines.setdefault(at, node.start_mark.line + 1)
         if node.id == "mapping":
             for key, value in node.value:

@@ -75,6 +75,7 @@ class Comet(Method[CometOptions]):
                 for node in nodes:
                     draft.set(node.weights[0], draft.weight(node.weights[0])[:, order])
                 producers = _foldable(draft.program, source, nodes, tensors)
+                draft.adapters = draft.adapters and not producers
                 for weight in producers:
                     draft.set(weight, draft.weight(weight)[order])
                 if not producers:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import Method, Options, linear_weights
 from gristmill.methods.draft import Draft
 from gristmill.methods.weights._sequential import round_in_sequence
 
@@ -65,7 +65,8 @@ class Marlin(Method[MarlinOptions]):
             )
 
         round_in_sequence(draft, self.name, tensors, solve)
-        draft.activations = "bf16"  # W4A16
+        if set(tensors) == set(linear_weights(draft.program)):
+            draft.activations = "bf16"  # W4A16
 
 
 def search_scale(x: NDArray[np.float32], root: Tensor, steps: int) -> NDArray[np.float32]:
