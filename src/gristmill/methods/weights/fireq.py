@@ -198,18 +198,22 @@ def _attention_of(program: Program, chosen: set[str]) -> list[str]:
 
 
 def places(program: Program, chosen: set[str]) -> dict[Place, list[Site]]:
-    """The sites whose consumers are all chosen, by what they are in front of."""
+    """The sites whose matrices are all chosen, by what they are in front of."""
     gates = {name for node in program.nodes if node.op == "gated" for name in node.inputs}
     found: dict[Place, list[Site]] = {"qkv": [], "o": [], "gate_up": [], "down": []}
     outputs = {node.weights[0]: node.outputs[0] for node in program.nodes if node.op == "linear"}
     for site in find_sites(program, (NORM, GATED, VALUES)):
-        if not chosen.issuperset(site.consumers):
+        if not chosen.issuperset(_matrices(program, site)):
             continue
         if site.kind == NORM:
             found["gate_up" if outputs[site.consumers[0]] in gates else "qkv"].append(site)
         else:
             found["down" if site.kind == GATED else "o"].append(site)
     return found
+
+
+def _matrices(program: Program, site: Site) -> set[str]:
+    return {part.weight for part in site.parts if len(program.weights[part.weight].shape) == 2}
 
 
 def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: list[str]) -> None:
@@ -226,6 +230,8 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
             if buffer not in by_buffer:
                 raise UsageError(f"the keys of {name} cannot be scaled before the rotation: choose keys: s")
             key_sites[name] = by_buffer[buffer]
+            if not chosen.issuperset(_matrices(draft.program, by_buffer[buffer])):
+                raise UsageError(f"the keys of {name} cannot be scaled: its q_proj is not among the tensors")
     if not sites and options.keys == "none":
         return
     from gristmill.calibrate.stream import Stream
@@ -235,6 +241,8 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
     factors: list[tuple[Site, NDArray[np.float64]]] = []
     key_scales: dict[str, NDArray[np.float32]] = {}
     for i, node in enumerate(stream):
+        if node.op == "select_rows":
+            break  # the logits are not needed
         draft.progress("scaling", i, len(draft.program.nodes))
         if node.op == "linear" and node.weights[0] in sites:
             site, rows = sites[node.weights[0]], stream.inputs(node)
