@@ -7,8 +7,9 @@ from typing import Literal
 
 __all__ = ["Chunk", "FinishReason", "Result", "Timings", "TokenLogprob"]
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: an end token or a stop string. length: max_tokens or the context. cancelled: by a cancel flag."""
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+"""stop: an end token or a stop string. length: max_tokens or the context. cancelled: by a cancel flag or an
+abort. timeout: by a deadline. error: by a failed step."""
 
 
 @dataclass(frozen=True)
