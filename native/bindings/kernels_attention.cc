@@ -26,7 +26,7 @@ using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 class AttentionLayer {
  public:
   AttentionLayer(std::string level, int heads, int kv_heads, int head_dim, float scale, int64_t window,
-                 gm::KvFormat kv, bool bf16_math, int64_t max_step, In<float> key_scale)
+                 gm::KvFormat kv, bool bf16_math, In<float> key_scale)
       : level_(std::move(level)), key_scale_(key_scale.data(), key_scale.data() + key_scale.size()) {
     args_.heads = heads;
     args_.kv_heads = kv_heads;
@@ -36,17 +36,14 @@ class AttentionLayer {
     args_.kv = kv;
     args_.bf16_math = bf16_math;
     geometry_.layers.push_back({window, kv_heads, head_dim, kv});
-    geometry_.max_step = max_step;
   }
 
-  gm::KvView* allocate(int64_t capacity, int fill) const {
-    auto* view = new gm::KvView(geometry_, capacity);
-    // Tests fill the cache with NaN, which must not leak from keys that nobody wrote.
-    const gm::KvSegment s = view->segment(0);
-    const int64_t bytes = view->reserved_bytes() / 2;
-    std::fill_n(s.k, bytes, static_cast<char>(fill));
-    std::fill_n(s.v, bytes, static_cast<char>(fill));
-    return view;
+  // Tests fill the cache with NaN, which must not leak from keys that nobody wrote.
+  gm::KvView* allocate(int64_t capacity, int fill, bool mapped) const {
+    const auto placement = mapped ? gm::KvPlacement::kMapped : gm::KvPlacement::kTable;
+    const int64_t bytes =
+        (capacity / gm::kSpanTokens + 2) * gm::kSpanTokens * args_.kv_heads * (args_.head_dim + 64) * 8;
+    return new gm::KvView(std::make_shared<gm::KvPool>(geometry_, bytes, placement, fill), capacity);
   }
 
   // q [tokens][heads * head_dim], k and v [tokens][kv_heads * head_dim]; `parts` splits every phase into that
@@ -69,6 +66,7 @@ class AttentionLayer {
     std::vector<gm::AttentionSequence> sequences;
     int64_t row = 0;
     for (size_t i = 0; i < views.size(); ++i) {
+      views[i]->prepare(lengths[i]);
       sequences.push_back({views[i]->segment(0), row, lengths[i], views[i]->length()});
       row += lengths[i];
     }
@@ -101,10 +99,10 @@ class AttentionLayer {
 
 void bind_attention_kernels(nb::module_& m) {
   nb::class_<AttentionLayer>(m, "AttentionLayer")
-      .def(nb::init<std::string, int, int, int, float, int64_t, gm::KvFormat, bool, int64_t, In<float>>(),
-           "level"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "kv"_a, "bf16_math"_a,
-           "max_step"_a, "key_scale"_a)
-      .def("allocate", &AttentionLayer::allocate, "capacity"_a, "fill"_a = 0, nb::rv_policy::take_ownership)
+      .def(nb::init<std::string, int, int, int, float, int64_t, gm::KvFormat, bool, In<float>>(), "level"_a,
+           "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "kv"_a, "bf16_math"_a, "key_scale"_a)
+      .def("allocate", &AttentionLayer::allocate, "capacity"_a, "fill"_a = 0, "mapped"_a = false,
+           nb::rv_policy::take_ownership)
       .def("run", &AttentionLayer::run, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "out"_a, "views"_a,
            "lengths"_a, "parts"_a = 1);
 

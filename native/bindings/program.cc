@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -13,6 +14,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <map>
 
 #include "bindings/bind.h"
 #include "runtime/isa.h"
@@ -97,12 +99,79 @@ void bind_program(nb::module_& m) {
            "Reads part of a file in; its address.")
       .def_prop_ro("used", &WeightArena::used);
 
+  nb::exception<gm::KvExhausted>(m, "KvExhausted");
+  nb::enum_<gm::KvPlacement>(m, "KvPlacement")
+      .value("TABLE", gm::KvPlacement::kTable)
+      .value("MAPPED", gm::KvPlacement::kMapped);
+  nb::class_<gm::KvSpan>(m, "KvSpan", "The memory of 256 tokens, kept as long as this object.")
+      .def_prop_ro(
+          "held",
+          [](const gm::KvSpan& span) {
+            std::vector<bool> out;
+            for (const gm::FrameRef& frame : span.frames) out.push_back(frame != nullptr);
+            return out;
+          },
+          "By window, in the order of the first layers that have it: whether the tokens are still kept.")
+      .def_prop_ro(
+          "shared",
+          [](const gm::KvSpan& span) {
+            int64_t most = 0;
+            for (const gm::FrameRef& frame : span.frames) {
+              if (frame != nullptr) most = std::max<int64_t>(most, frame.use_count());
+            }
+            return most;
+          },
+          "References to it, this one included.");
   nb::class_<gm::KvView>(m, "KvView")
       .def_prop_ro("capacity", &gm::KvView::capacity)
       .def_prop_ro("length", &gm::KvView::length)
       .def_prop_ro("reserved_bytes", &gm::KvView::reserved_bytes)
       .def("used_bytes", &gm::KvView::used_bytes)
-      .def("truncate", &gm::KvView::truncate, "length"_a);
+      .def("wanted_bytes", &gm::KvView::wanted_bytes, "tokens"_a)
+      .def("prepare", &gm::KvView::prepare, "tokens"_a)
+      .def("truncate", &gm::KvView::truncate, "length"_a)
+      .def(
+          "fork",
+          [](const gm::KvView& v, int64_t length, int64_t capacity) {
+            return v.fork(length, capacity).release();
+          },
+          "length"_a, "capacity"_a, nb::rv_policy::take_ownership)
+      .def("span", &gm::KvView::span, "index"_a)
+      .def("adopt", &gm::KvView::adopt, "spans"_a, "length"_a);
+  nb::class_<gm::KvPool>(m, "KvPool")
+      .def_prop_ro("backing", &gm::KvPool::backing)
+      .def_prop_ro("limit", &gm::KvPool::limit)
+      .def_prop_ro("frame_bytes",
+                   [](const gm::KvPool& pool) {
+                     int64_t bytes = 0;
+                     for (const auto& range : pool.ranges()) bytes += range.frame_bytes;
+                     return bytes;
+                   })
+      .def_prop_ro("windows",
+                   [](const gm::KvPool& pool) {
+                     std::vector<int64_t> out;
+                     for (const auto& range : pool.ranges()) out.push_back(range.window);
+                     return out;
+                   })
+      .def("trim", &gm::KvPool::trim, "keep"_a, "Gives back the pages of free frames, all but `keep` bytes.")
+      .def("stats",
+           [](const gm::KvPool& pool) {
+             const gm::KvPool::Stats s = pool.stats();
+             std::map<std::string, int64_t> out{{"limit", s.limit},
+                                                {"used", s.used},
+                                                {"committed", s.committed},
+                                                {"reserved", s.reserved},
+                                                {"frames", s.frames},
+                                                {"mappings", s.mappings},
+                                                {"mapping_limit", s.mapping_limit}};
+             return out;
+           })
+      .def(
+          "allocate",
+          [](std::shared_ptr<gm::KvPool> pool, int64_t capacity) {
+            return new gm::KvView(std::move(pool), capacity);
+          },
+          "capacity"_a, nb::rv_policy::take_ownership);
 
   nb::enum_<gm::Storage>(m, "Storage")
       .value("F32", gm::Storage::kF32)
@@ -313,20 +382,22 @@ void bind_program(nb::module_& m) {
           "name"_a, "in_"_a, "out"_a)
       .def(
           "set_geometry",
-          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int, gm::KvFormat>>& layers,
-             int64_t max_step) {
+          [](gm::Program& p, const std::vector<std::tuple<int64_t, int, int, gm::KvFormat>>& layers) {
             gm::KvGeometry g;
             for (const auto& [window, kv_heads, head_dim, format] : layers)
               g.layers.push_back({window, kv_heads, head_dim, format});
-            g.max_step = max_step;
             p.set_geometry(g);
           },
-          "layers"_a, "max_step"_a, "Layers as (window, kv_heads, head_dim, format).")
+          "layers"_a, "Layers as (window, kv_heads, head_dim, format).")
       .def("set_logits", &gm::Program::set_logits, "buffer"_a)
       .def(
-          "allocate",
-          [](const gm::Program& p, int64_t capacity) { return new gm::KvView(p.geometry(), capacity); },
-          "capacity"_a, nb::rv_policy::take_ownership)
+          "kv_pool",
+          [](const gm::Program& p, int64_t limit, gm::KvPlacement placement) {
+            return std::make_shared<gm::KvPool>(p.geometry(), limit, placement);
+          },
+          "limit"_a, "placement"_a,
+          "Memory for keys and values, of at most `limit` bytes (0: the machine's).")
+      .def_prop_ro("progress", &gm::Program::progress, "Nodes that have been run since the start.")
       .def(
           "run",
           [](gm::Program& p, Array<int32_t> tokens, Array<uint8_t> phases,

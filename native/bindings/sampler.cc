@@ -48,6 +48,14 @@ void bind_sampler(nb::module_& m) {
           "presence"_a, "frequency"_a, "seed"_a, "logprobs"_a)
       .def_prop_ro("position", &gm::SampleRow::position, "Tokens so far: the position of the next one.")
       .def("push", &gm::SampleRow::push, "token"_a, "Appends a token that was not drawn here.")
+      .def("bias", &gm::SampleRow::bias, "tokens"_a, "values"_a, "Added to the logits of tokens, always.")
+      .def(
+          "mask",
+          [](gm::SampleRow& row, Array<int32_t> words) {
+            row.mask(std::vector<uint32_t>(words.data(), words.data() + words.size()));
+          },
+          nb::arg("words").noconvert(),
+          "Allows only tokens whose bit is set, until the next call; an empty array allows all.")
       .def(
           "logprobs",
           [](const gm::SampleRow& row) {

@@ -142,12 +142,6 @@ void Program::check(const StepInput& in) const {
                                   std::to_string(n) + " exceeds its capacity of " +
                                   std::to_string(v.capacity()));
     }
-    for (const KvLayer& l : geometry_.layers) {
-      if (l.window != 0 && n > geometry_.max_step) {
-        throw std::invalid_argument("a step takes at most " + std::to_string(geometry_.max_step) +
-                                    " tokens of one sequence");
-      }
-    }
     for (const Rope& r : ropes_) {
       if (v.length() + n > r.positions) throw std::invalid_argument("position beyond the rope table");
     }
@@ -302,6 +296,7 @@ Int8Rows Program::int8(const Buffer& b, int thread) const {
 bool Program::run(const StepInput& input) {
   check(input);
   if (input.token_count == 0) return true;
+  for (size_t s = 0; s < input.views.size(); ++s) input.views[s]->prepare(input.lengths[s]);
   reserve(input.token_count, input.logit_count);
   input_ = &input;
   find_runs();
@@ -366,6 +361,7 @@ void Program::run_thread(int thread) {
       if (stop != 0) return;
     }
     run_node(nodes_[i], thread);
+    if (thread == 0) progress_.fetch_add(1, std::memory_order_relaxed);
     if (profiling_ && thread == 0) {
       const double t = now();
       times_[i].seconds += t - last;

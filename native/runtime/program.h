@@ -1,6 +1,7 @@
 // A lowered program: nodes over buffers, run by a team of threads in one call per step.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -119,9 +120,12 @@ class Program {
   void set_logits(int64_t buffer);
 
   // Runs one step and appends its tokens to the views; false if cancelled, which leaves the views' lengths
-  // alone. Throws std::invalid_argument for a step that does not fit. The GIL is not needed.
+  // alone. Throws std::invalid_argument for a step that does not fit, KvExhausted without memory for its keys
+  // and values. The GIL is not needed.
   bool run(const StepInput& input);
 
+  // Nodes run so far, to be read from other threads: whether a step goes on.
+  int64_t progress() const { return progress_.load(std::memory_order_relaxed); }
   void set_profiling(bool on);
   std::vector<NodeTime> profile() const;
   int threads() const { return pool_->threads(); }
@@ -197,6 +201,7 @@ class Program {
   Arena workspace_, scratch_, partials_;
   int64_t scratch_bytes_ = 0;
   int32_t stop_[2] = {0, 0};
+  std::atomic<int64_t> progress_{0};
   bool profiling_ = false;
   std::vector<NodeTime> times_;
 };

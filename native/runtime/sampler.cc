@@ -270,9 +270,9 @@ bool draw(const KernelTable& kernels, const float* raw, int64_t n, SampleRow& ro
       row.draw.top_logprobs.push_back(static_cast<float>(double(c.logit) - double(raw_top) - log_total));
     }
   }
-  if (row.penalised()) {
+  if (row.changes()) {
     w.logits.assign(raw, raw + n);
-    row.penalise(w.logits.data(), n);
+    row.change(w.logits.data(), n);
     x = w.logits.data();
     if (!maxima(kernels, x, n, w, &top)) return false;
   }
@@ -322,12 +322,31 @@ void SampleRow::push(int32_t token) {
   if (penalised_) ++counts_[token];
 }
 
-void SampleRow::penalise(float* logits, int64_t vocabulary) const {
+void SampleRow::bias(std::vector<int32_t> tokens, std::vector<float> values) {
+  bias_.clear();
+  for (size_t i = 0; i < tokens.size(); ++i) bias_.emplace_back(tokens[i], values.at(i));
+}
+
+void SampleRow::change(float* logits, int64_t vocabulary) const {
   for (const auto& [token, count] : counts_) {
     if (token < 0 || token >= vocabulary) continue;
     float& x = logits[token];
     x = x > 0 ? x / options_.repetition : x * options_.repetition;
     if (count > 0) x -= options_.presence + static_cast<float>(count) * options_.frequency;
+  }
+  for (const auto& [token, value] : bias_) {
+    if (token >= 0 && token < vocabulary) logits[token] += value;
+  }
+  if (mask_.empty()) return;
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int64_t begin = 0; begin < vocabulary; begin += 32) {
+    const auto word = static_cast<size_t>(begin / 32);
+    const uint32_t bits = word < mask_.size() ? mask_[word] : 0;
+    if (bits == 0xffffffffu) continue;
+    const int64_t end = std::min(vocabulary, begin + 32);
+    for (int64_t i = begin; i < end; ++i) {
+      if ((bits >> (i - begin) & 1) == 0) logits[i] = kNever;
+    }
   }
 }
 

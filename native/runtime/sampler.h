@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "gristmill/kernel.h"
@@ -37,9 +38,14 @@ class SampleRow {
   int64_t position() const { return position_; }
   // Appends a token to the completion.
   void push(int32_t token);
-  // Changes logits as the penalties say.
-  void penalise(float* logits, int64_t vocabulary) const;
-  bool penalised() const { return penalised_; }
+  // Adds to the logits of these tokens, at every draw.
+  void bias(std::vector<int32_t> tokens, std::vector<float> values);
+  // Allows only tokens whose bit is set (bit i % 32 of word i / 32 for token i; none beyond the words), until
+  // the next call. Empty: all.
+  void mask(std::vector<uint32_t> words) { mask_ = std::move(words); }
+  // Changes logits as the penalties, then the bias, then the mask say.
+  void change(float* logits, int64_t vocabulary) const;
+  bool changes() const { return penalised_ || !bias_.empty() || !mask_.empty(); }
 
   struct Draw {
     int32_t token = -1;
@@ -55,12 +61,14 @@ class SampleRow {
   int64_t position_;
   std::unordered_map<int32_t, int32_t>
       counts_;  // token -> occurrences in the completion, 0 if in the prompt only
+  std::vector<std::pair<int32_t, float>> bias_;
+  std::vector<uint32_t> mask_;
 };
 
 // Draws a token for every row of logits [count][vocabulary], writes it to tokens[count] and into the row, and
 // appends it to the row. Throws std::invalid_argument, with no row changed, if logits are NaN or +inf or all
-// -inf. With a pool, the rows are divided among its threads; the result depends neither on that nor on the
-// kernels' level.
+// -inf, or if no allowed token is left. With a pool, the rows are divided among its threads; the result
+// depends neither on that nor on the kernels' level.
 void sample(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
             SampleRow* const* rows, int32_t* tokens, Pool* pool);
 

@@ -6,7 +6,15 @@ Anything else that escapes is a bug: one line, too, but a traceback if GRISTMILL
 
 from __future__ import annotations
 
-__all__ = ["Cancelled", "GristmillError", "ModelError", "TemplateError", "TokenizerError", "UsageError"]
+__all__ = [
+    "Cancelled",
+    "GristmillError",
+    "KVExhausted",
+    "ModelError",
+    "TemplateError",
+    "TokenizerError",
+    "UsageError",
+]
 
 
 class GristmillError(Exception):
@@ -31,3 +39,7 @@ class TemplateError(GristmillError):
 
 class Cancelled(GristmillError):
     """The work was stopped through a cancel flag."""
+
+
+class KVExhausted(GristmillError):
+    """No memory is left for more keys and values."""

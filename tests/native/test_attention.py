@@ -78,7 +78,6 @@ class Layer:
     head_dim: int = 32
     window: int = 0
     mode: str = "bf16"
-    max_step: int = 512
     scaled: bool = False
     """Whether keys are scaled after the rotation."""
 
@@ -111,7 +110,6 @@ class Layer:
             self.window,
             kv,
             bf16_math,
-            self.max_step,
             self.key_scale(),
         )
 
@@ -122,11 +120,12 @@ class Layer:
         cuts: tuple[int, ...] = (),
         parts: int = 1,
         fill: int = 255,
+        mapped: bool = False,
     ) -> F32:
         """The whole sequence, in steps that end at `cuts`; the cache starts as NaN."""
         native = self.native(level)
         tokens = inputs[0].shape[0]
-        view = native.allocate(tokens + 3, fill)
+        view = native.allocate(tokens + 3, fill, mapped)
         out = np.full((tokens, self.heads * self.head_dim), np.nan, np.float32)
         for begin, end in itertools.pairwise((0, *cuts, tokens)):
             part = np.full((end - begin, out.shape[1]), np.nan, np.float32)
@@ -220,13 +219,12 @@ def test_against_float64(
 def test_cuts_and_parts_change_no_bit(level: str, mode: str, window: int) -> None:
     if mode in CHANNEL and window:
         pytest.skip("groups of tokens keep no window")
-    layer = Layer(6, 2, 32, window, mode, max_step=64 if window == 40 else 512)
+    layer = Layer(6, 2, 32, window, mode)
     inputs = layer.inputs(600)
     steps = tuple(range(64, 600, 64)) if window == 40 else (512,)
     whole = layer.run(level, inputs, steps)
     assert np.isfinite(whole).all()
     for cuts in [(1, 17, 33, 63, 65, 128, 191), (255, 256, 257), tuple(range(1, 64))]:
-        # No step longer than the smallest ring allows.
         every = sorted({*cuts, *range(60, cuts[0], 60), *range(cuts[-1] + 60, 600, 60)})
         for parts in (1, 3):
             got = layer.run(level, inputs, tuple(every), parts)
@@ -314,21 +312,71 @@ def test_a_truncated_sequence_forgets(mode: str) -> None:
     np.testing.assert_array_equal(rest, layer.run(LEVELS[-1], mixed)[41:])
 
 
-def test_the_ring_of_a_window_holds_what_rows_see() -> None:
-    layer = Layer(2, 1, 16, window=20, max_step=32)
+def test_what_lies_behind_a_window_is_given_up() -> None:
+    layer = Layer(2, 1, 16, window=20)
     native = layer.native(LEVELS[-1])
-    bounded = native.allocate(4000).reserved_bytes
-    assert bounded == native.allocate(2000).reserved_bytes
     inputs = layer.inputs(1500)
     got = layer.run(LEVELS[-1], inputs, tuple(range(30, 1500, 30)))
     np.testing.assert_allclose(got, layer.oracle(inputs), atol=6e-3)
     view = native.allocate(1500)
+    most = 0
     for begin in range(0, 1500, 30):
         part = [np.ascontiguousarray(x[begin : begin + 30]) for x in inputs]
         native.run(*part, *layer.rope(), np.zeros((30, 32), np.float32), [view], [30])
+        most = max(most, view.used_bytes())
+    assert most == 2 * (256 * 2 * 16 * 2)
     view.truncate(1490)
     with pytest.raises(ValueError, match="window has moved on"):
         view.truncate(100)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_placement_changes_no_bit(mode: str) -> None:
+    layer = Layer(4, 2, 32, mode=mode)
+    inputs = layer.inputs(700)
+    table = layer.run(LEVELS[-1], inputs, (200, 201, 600))
+    np.testing.assert_array_equal(layer.run(LEVELS[-1], inputs, (200, 201, 600), mapped=True), table)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cut", [1, 17, 64, 255, 256, 300, 512, 600])
+def test_forks_go_their_own_ways(mode: str, cut: int, mapped: bool) -> None:
+    """Several views go on from one beginning, in one step or in several: as if each had memory of its own."""
+    layer = Layer(4, 2, 32, mode=mode)
+    level = LEVELS[-1]
+    native = layer.native(level)
+    common, ends = layer.inputs(600), [layer.inputs(900, seed=n) for n in range(3)]
+    view = native.allocate(2000, 255, mapped)
+    native.run(*common, *layer.rope(), np.zeros((600, 128), np.float32), [view], [600])
+    if mode in CHANNEL and cut % 64 and cut // 64 != 600 // 64:
+        with pytest.raises(ValueError, match="groups"):
+            view.fork(cut, 2000)
+        return
+    forks = [view.fork(cut, 2000) for _ in ends]
+    view.truncate(cut)
+    used = view.used_bytes()
+    wholes = [
+        tuple(np.concatenate([x[:cut], y[cut:]]) for x, y in zip(common, end, strict=True)) for end in ends
+    ]
+    results = [np.zeros((900 - cut, 128), np.float32) for _ in ends]
+    at = cut
+    for step in [1, 1, 30, 900 - cut - 32]:
+        parts = [[np.ascontiguousarray(x[at : at + step]) for x in whole] for whole in wholes]
+        q, k, v = (np.concatenate(x) for x in zip(*parts, strict=True))
+        out = np.zeros((len(q), 128), np.float32)
+        native.run(q, k, v, *layer.rope(), out, forks, [step] * len(forks))
+        for n, result in enumerate(results):
+            result[at - cut : at - cut + step] = out[n * step : (n + 1) * step]
+        at += step
+    for whole, result in zip(wholes, results, strict=True):
+        np.testing.assert_array_equal(result, layer.run(level, whole)[cut:])
+    # The one they came from has seen nothing of it.
+    assert view.used_bytes() == used
+    rest = np.zeros((600 - cut, 128), np.float32)
+    if cut < 600:
+        native.run(*(np.ascontiguousarray(x[cut:]) for x in common), *layer.rope(), rest, [view], [600 - cut])
+    np.testing.assert_array_equal(rest, layer.run(level, common)[cut:])
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -99,7 +99,7 @@ def in_module() -> dict[str, Any]:
             found[name] = ["enum.Enum"]
             found |= {f"{name}.{member.name}": member.value for member in value}
         else:
-            found[name] = []
+            found[name] = ["Exception"] if issubclass(value, Exception) else []
             for key, member in vars(value).items():
                 if isinstance(member, property):
                     found[f"{name}.{key}"] = ("property", native_signature(member.fget)[1])

@@ -92,20 +92,19 @@ constexpr int64_t kKvGroup = 128;
 constexpr int64_t kv_groups(int64_t head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
 
 // Where one sequence's keys and values of one layer lie. Token p of KV head h is in the tile at
-// `k + span * span_bytes + h * head_bytes + p % 256 / 16 * tile_bytes`, span = p / 256 (modulo `ring` when
-// that is not 0). Inside a tile of 16 tokens, keys: bf16 [head_dim / 2][16 tokens][2], f32 [head_dim][16
-// tokens], codes [head_dim / 8][16 tokens] words of 32 bits; values: bf16 [16 / 2][head_dim][2] (pairs of
-// tokens), f32 [16][head_dim], codes [16 / 8][head_dim] words. A word holds eight codes in two's complement,
-// number 2 j + h (of dimensions or tokens) in the bits from 16 h + 4 j. After a head's tiles come their
-// scales: kInt4: [tile][groups] [16 tokens]; kInt4Channel: [64 tokens][2: scales, minimums][head_dim].
+// `k + spans[p / 256] + h * head_bytes + p % 256 / 16 * tile_bytes`. Inside a tile of 16 tokens, keys: bf16
+// [head_dim / 2][16 tokens][2], f32 [head_dim][16 tokens], codes [head_dim / 8][16 tokens] words of 32 bits;
+// values: bf16 [16 / 2][head_dim][2] (pairs of tokens), f32 [16][head_dim], codes [16 / 8][head_dim] words. A
+// word holds eight codes in two's complement, number 2 j + h (of dimensions or tokens) in the bits from 16 h
+// + 4 j. After a head's tiles come their scales: kInt4: [tile][groups] [16 tokens]; kInt4Channel: [64
+// tokens][2: scales, minimums][head_dim].
 struct KvSegment {
   char* k = nullptr;
   char* v = nullptr;
-  int64_t span_bytes = 0;
+  const int64_t* spans = nullptr;  // offsets in bytes; those behind a window mean nothing
   int64_t head_bytes = 0;
   int64_t tile_bytes = 0;
   int64_t scale_bytes = 0;  // of one tile
-  int64_t ring = 0;         // spans in the ring of a sliding-window layer, 0 where spans are not reused
   // kInt4Channel: bf16 [kv heads][64][head_dim], the tokens of the group that the sequence is in, and where
   // those of the group go that it is in after the step, if that is another one.
   uint16_t* k_tail = nullptr;
@@ -123,8 +122,7 @@ struct KvSegment {
 
  private:
   int64_t head_at(int64_t position, int64_t head) const {
-    const int64_t span = position / kSpanTokens;
-    return (ring == 0 ? span : span % ring) * span_bytes + head * head_bytes;
+    return spans[position / kSpanTokens] + head * head_bytes;
   }
 };
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from gristmill.backends.native import _native
 from gristmill.backends.native.lower import lower, prompt_in_bf16
 from gristmill.backends.native.weights import NativeWeight, WeightStore
-from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
-from gristmill.program.batch import MAX_STEP_TOKENS, Batch, CancelFlag, KVView
+from gristmill.errors import Cancelled, GristmillError, KVExhausted, ModelError, UsageError
+from gristmill.program.batch import Batch, CancelFlag, KVView
 from gristmill.program.kv import kv_formats
 from gristmill.program.nodes import Program
 
@@ -29,6 +29,8 @@ _KV_FORMATS = {
     "int4": _native.KvFormat.INT4,
     "int4-channel": _native.KvFormat.INT4_CHANNEL,
 }
+_PLACEMENTS = {"table": _native.KvPlacement.TABLE, "mapped": _native.KvPlacement.MAPPED}
+KV_PLACEMENT = "table"
 _NO_CANCEL = np.zeros(0, np.int32)
 
 
@@ -82,12 +84,75 @@ class NativeKVView:
             raise UsageError(str(error)) from None
 
     def nbytes(self) -> int:
-        """Bytes of the blocks in use."""
+        """Bytes of the memory it refers to, shared or not."""
         return int(self.native.used_bytes())
+
+    def wanted(self, tokens: int) -> int:
+        """Bytes that `reserve` would take."""
+        return int(self.native.wanted_bytes(tokens))
+
+    def reserve(self, tokens: int) -> None:
+        """Takes memory for that many more tokens, so that a step needs none. Raises KVExhausted."""
+        try:
+            self.native.prepare(tokens)
+        except _native.KvExhausted as error:
+            raise KVExhausted(str(error)) from None
+
+    def fork(self, length: int, capacity: int) -> NativeKVView:
+        """A view of the first `length` tokens; their memory is shared until one of the two writes over it.
+
+        Raises UsageError as `truncate` does, KVExhausted without a mapping.
+        """
+        try:
+            return NativeKVView(self.native.fork(length, capacity))
+        except _native.KvExhausted as error:
+            raise KVExhausted(str(error)) from None
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    def span(self, index: int) -> _native.KvSpan:
+        """The memory of tokens 256 * index and on, which then outlives the view."""
+        return self.native.span(index)
+
+    def adopt(self, spans: list[_native.KvSpan], length: int) -> None:
+        """Begins an empty view with `length` tokens that lie in spans. Raises UsageError, KVExhausted."""
+        try:
+            self.native.adopt(spans, length)
+        except _native.KvExhausted as error:
+            raise KVExhausted(str(error)) from None
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
         self._native = None
+
+
+class NativeKVPool:
+    """The memory of all sequences' keys and values of one executor."""
+
+    def __init__(self, native: _native.KvPool, share_tokens: int) -> None:
+        self._native = native
+        self.share_tokens = share_tokens
+        """Prefixes are shared in multiples of this many tokens."""
+        self.span_bytes = int(native.frame_bytes)
+        """Bytes of 256 tokens in all layers."""
+        self.windows = [int(window) for window in native.windows]
+        """Windows that layers have, 0 for none, as in `KvSpan.held`."""
+        self.limit = int(native.limit)
+        """Most bytes in use."""
+        self.backing = str(native.backing)
+
+    def stats(self) -> dict[str, int]:
+        """limit, used, committed, reserved: bytes. frames, mappings, mapping_limit: numbers."""
+        return dict(self._native.stats())
+
+    def trim(self, keep: int = 0) -> None:
+        """Gives the pages of unused memory back to the system, all but `keep` bytes."""
+        self._native.trim(keep)
+
+    def allocate(self, capacity: int) -> _native.KvView:
+        return self._native.allocate(capacity)
 
 
 class NativeExecutor:
@@ -158,7 +223,7 @@ class NativeExecutor:
             )
             for n in attention
         ]
-        self._native.set_geometry(geometry, MAX_STEP_TOKENS)
+        self._native.set_geometry(geometry)
         layers = {str(node.state): i for i, node in enumerate(attention)}
         lowered = lower(
             program,
@@ -168,6 +233,8 @@ class NativeExecutor:
             activations=activations,
             kv_layers=layers,
         )
+        self._share_tokens = 64 if "int4-channel" in formats.values() else 1
+        self.limit_kv()
         self._ropes = lowered.ropes
         self._positions = 0
         self.vocab_size = lowered.vocab_size
@@ -239,11 +306,34 @@ class NativeExecutor:
             scale = np.float32(factor)
             self._native.set_rope(table, np.cos(angles) * scale, np.sin(angles) * scale)
 
+    def limit_kv(self, limit: int = 0, placement: str = KV_PLACEMENT) -> None:
+        """Keys and values take at most `limit` bytes from now on (0: the machine's memory).
+
+        placement: `table` (anonymous memory on huge pages where the system grants them; kernels look up where
+        each 256 tokens lie) or `mapped` (a memory file, mapped into one run of addresses per sequence). Views
+        made before keep their memory. Raises UsageError, and GristmillError where the addresses cannot be
+        reserved.
+        """
+        if placement not in _PLACEMENTS:
+            raise UsageError(f"the KV placement must be one of {', '.join(_PLACEMENTS)}, not {placement!r}")
+        try:
+            pool = self._native.kv_pool(limit, _PLACEMENTS[placement])
+        except MemoryError:
+            raise GristmillError("the addresses for the KV cache cannot be reserved (ulimit -v?)") from None
+        except RuntimeError as error:
+            raise GristmillError(str(error)) from None
+        self.kv_pool = NativeKVPool(pool, self._share_tokens)
+
+    @property
+    def progress(self) -> int:
+        """Nodes run since the start; to be read from other threads."""
+        return int(self._native.progress)
+
     def allocate(self, capacity: int) -> NativeKVView:
         """A view for a sequence of up to `capacity` tokens; its pages are committed as they are written."""
         self._extend_positions(capacity)
         try:
-            return NativeKVView(self._native.allocate(capacity))
+            return NativeKVView(self.kv_pool.allocate(capacity))
         except ValueError as error:
             raise UsageError(str(error)) from None
         except MemoryError:
@@ -252,7 +342,7 @@ class NativeExecutor:
     def step(self, batch: Batch, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
         """Runs the tokens of `batch` and appends them to their views: logits [R, vocab] float32.
 
-        Raises Cancelled (views unchanged) and UsageError (a step that does not fit).
+        Raises Cancelled (views unchanged), UsageError (a step that does not fit) and KVExhausted.
         """
         rows = batch.logit_rows
         # The native step checks the rest.
@@ -274,6 +364,8 @@ class NativeExecutor:
             )
         except ValueError as error:
             raise UsageError(str(error)) from None
+        except _native.KvExhausted as error:
+            raise KVExhausted(str(error)) from None
         if not done:
             raise Cancelled("cancelled")
         return logits
@@ -288,7 +380,7 @@ class NativeExecutor:
 
     def close(self) -> None:
         """Stops the threads and gives the memory back when the last reference goes."""
-        del self._native, self._pool, self._store
+        del self._native, self._pool, self._store, self.kv_pool
 
 
 def _native_view(view: KVView) -> _native.KvView:
