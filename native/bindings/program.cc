@@ -141,6 +141,7 @@ void bind_program(nb::module_& m) {
   nb::class_<gm::KvPool>(m, "KvPool")
       .def_prop_ro("backing", &gm::KvPool::backing)
       .def_prop_ro("limit", &gm::KvPool::limit)
+      .def_prop_ro("used", &gm::KvPool::used)
       .def_prop_ro("frame_bytes",
                    [](const gm::KvPool& pool) {
                      int64_t bytes = 0;

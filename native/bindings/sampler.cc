@@ -20,6 +20,20 @@ namespace {
 template <class T>
 using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 
+using Scored = std::tuple<float, std::vector<std::tuple<int32_t, float>>>;
+
+Scored scored(const gm::SampleRow::Draw& draw) {
+  std::vector<std::tuple<int32_t, float>> top;
+  for (size_t i = 0; i < draw.top.size(); ++i) top.emplace_back(draw.top[i], draw.top_logprobs[i]);
+  return {draw.logprob, std::move(top)};
+}
+
+// The kernels of a level, of the one in use if it has no name.
+const gm::KernelTable* kernels_of(const std::string& level) {
+  static const gm::KernelTable* const usual = gm::kernel_table(gm::default_level());
+  return level.empty() ? usual : gm::kernel_table(level);
+}
+
 }  // namespace
 
 void bind_sampler(nb::module_& m) {
@@ -57,14 +71,7 @@ void bind_sampler(nb::module_& m) {
           nb::arg("words").noconvert(),
           "Allows only tokens whose bit is set, until the next call; an empty array allows all.")
       .def(
-          "logprobs",
-          [](const gm::SampleRow& row) {
-            std::vector<std::tuple<int32_t, float>> top;
-            for (size_t i = 0; i < row.draw.top.size(); ++i) {
-              top.emplace_back(row.draw.top[i], row.draw.top_logprobs[i]);
-            }
-            return std::make_tuple(row.draw.logprob, top);
-          },
+          "logprobs", [](const gm::SampleRow& row) { return scored(row.draw); },
           "Of the last draw: the log probability of its token, and (id, log probability) of the most "
           "probable.");
 
@@ -77,8 +84,7 @@ void bind_sampler(nb::module_& m) {
           throw std::invalid_argument("logits must be [rows][vocabulary], tokens [rows]");
         }
         const auto vocabulary = static_cast<int64_t>(logits.shape(1));
-        static const gm::KernelTable* const usual = gm::kernel_table(gm::default_level());
-        const gm::KernelTable* kernels = level.empty() ? usual : gm::kernel_table(level);
+        const gm::KernelTable* kernels = kernels_of(level);
         nb::gil_scoped_release release;
         gm::sample(*kernels, logits.data(), static_cast<int64_t>(rows.size()), vocabulary, rows.data(),
                    tokens.data(), pool.get());
@@ -87,6 +93,26 @@ void bind_sampler(nb::module_& m) {
       "Draws the next token of every row (all different) into `tokens` and appends it to the row. The result "
       "is the same "
       "at every level.");
+
+  m.def(
+      "score",
+      [](Array<float> logits, Array<int32_t> tokens, int64_t top, const std::shared_ptr<gm::Pool>& pool) {
+        if (logits.ndim() != 2 || logits.shape(0) != tokens.size()) {
+          throw std::invalid_argument("logits must be [rows][vocabulary], tokens [rows]");
+        }
+        std::vector<gm::SampleRow::Draw> draws(tokens.size());
+        const auto count = static_cast<int64_t>(tokens.size());
+        {
+          nb::gil_scoped_release release;
+          gm::score(*kernels_of(""), logits.data(), count, static_cast<int64_t>(logits.shape(1)),
+                    tokens.data(), top, draws.data(), pool.get());
+        }
+        std::vector<Scored> out;
+        for (const gm::SampleRow::Draw& draw : draws) out.push_back(scored(draw));
+        return out;
+      },
+      nb::arg("logits").noconvert(), nb::arg("tokens").noconvert(), "top"_a, "pool"_a.none(),
+      "Of every row: the log probability of its token, and (id, log probability) of the most probable.");
 
   m.def(
       "philox",

@@ -130,6 +130,8 @@ class KvPool : public std::enable_shared_from_this<KvPool> {
   // "memfd", "shm" or "anonymous".
   const std::string& backing() const { return backing_; }
   int64_t limit() const { return limit_; }
+  // Bytes of frames that somebody refers to.
+  int64_t used() const { return used_; }
   // Frames of a range that can still be had.
   bool has_room(int64_t bytes) const { return used_ + bytes <= limit_; }
   Stats stats() const;

@@ -252,6 +252,24 @@ int32_t draw_any(const KernelTable& kernels, const float* x, int64_t n, float to
   return static_cast<int32_t>(token);
 }
 
+float logprob(float logit, float top, double log_total) {
+  return static_cast<float>(double(logit) - double(top) - log_total);
+}
+
+// The most probable tokens into a draw; the logarithm of the sum of all exp(x - top). w.maxima are x's.
+double most_probable(const KernelTable& kernels, const float* x, int64_t n, float top, int64_t count,
+                     SampleRow::Draw& draw, Workspace& w) {
+  const double log_total = std::log(exponentials(kernels, x, n, top, 1.0f, w));
+  highest(x, n, w.maxima, std::min(count, n), w.candidates);
+  draw.top.clear();
+  draw.top_logprobs.clear();
+  for (const Candidate& c : w.candidates) {
+    draw.top.push_back(c.token);
+    draw.top_logprobs.push_back(logprob(c.logit, top, log_total));
+  }
+  return log_total;
+}
+
 // False if the logits are not numbers to draw from.
 bool draw(const KernelTable& kernels, const float* raw, int64_t n, SampleRow& row, Workspace& w) {
   const SamplingOptions& o = row.options();
@@ -260,16 +278,7 @@ bool draw(const KernelTable& kernels, const float* raw, int64_t n, SampleRow& ro
   if (!maxima(kernels, raw, n, w, &top)) return false;
   double log_total = 0;
   const float raw_top = top;
-  if (o.logprobs >= 0) {
-    log_total = std::log(exponentials(kernels, raw, n, top, 1.0f, w));
-    highest(raw, n, w.maxima, std::min<int64_t>(o.logprobs, n), w.candidates);
-    row.draw.top.clear();
-    row.draw.top_logprobs.clear();
-    for (const Candidate& c : w.candidates) {
-      row.draw.top.push_back(c.token);
-      row.draw.top_logprobs.push_back(static_cast<float>(double(c.logit) - double(raw_top) - log_total));
-    }
-  }
+  if (o.logprobs >= 0) log_total = most_probable(kernels, raw, n, top, o.logprobs, row.draw, w);
   if (row.changes()) {
     w.logits.assign(raw, raw + n);
     row.change(w.logits.data(), n);
@@ -285,9 +294,7 @@ bool draw(const KernelTable& kernels, const float* raw, int64_t n, SampleRow& ro
   } else {
     row.draw.token = draw_any(kernels, x, n, top, o, row.position(), w);
   }
-  if (o.logprobs >= 0) {
-    row.draw.logprob = static_cast<float>(double(raw[row.draw.token]) - double(raw_top) - log_total);
-  }
+  if (o.logprobs >= 0) row.draw.logprob = logprob(raw[row.draw.token], raw_top, log_total);
   return true;
 }
 
@@ -350,14 +357,16 @@ void SampleRow::change(float* logits, int64_t vocabulary) const {
   }
 }
 
-void sample(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
-            SampleRow* const* rows, int32_t* tokens, Pool* pool) {
-  if (vocabulary < 1) throw std::invalid_argument("there are no logits to sample from");
+namespace {
+
+// Runs work(row, workspace), which says whether it could, for all rows; throws for one that could not.
+template <class Fn>
+void each_row(int64_t count, Pool* pool, Fn work) {
   std::atomic<int64_t> failed{-1};
   const auto some = [&](int64_t first, int64_t step) {
     thread_local Workspace workspace;
     for (int64_t r = first; r < count; r += step) {
-      if (!draw(kernels, logits + r * vocabulary, vocabulary, *rows[r], workspace)) failed.store(r);
+      if (!work(r, workspace)) failed.store(r);
     }
   };
   if (pool != nullptr && count > 1) {
@@ -369,10 +378,37 @@ void sample(const KernelTable& kernels, const float* logits, int64_t count, int6
     throw std::invalid_argument("row " + std::to_string(failed.load()) +
                                 " of the logits has no highest value: it holds NaN or infinity");
   }
+}
+
+}  // namespace
+
+void sample(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
+            SampleRow* const* rows, int32_t* tokens, Pool* pool) {
+  if (vocabulary < 1) throw std::invalid_argument("there are no logits to sample from");
+  each_row(count, pool, [&](int64_t r, Workspace& w) {
+    return draw(kernels, logits + r * vocabulary, vocabulary, *rows[r], w);
+  });
   for (int64_t r = 0; r < count; ++r) {
     tokens[r] = rows[r]->draw.token;
     rows[r]->push(tokens[r]);
   }
+}
+
+void score(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
+           const int32_t* tokens, int64_t top, SampleRow::Draw* draws, Pool* pool) {
+  if (vocabulary < 1) throw std::invalid_argument("there are no logits to score");
+  for (int64_t r = 0; r < count; ++r) {
+    if (tokens[r] < 0 || tokens[r] >= vocabulary) throw std::invalid_argument("no such token to score");
+  }
+  each_row(count, pool, [&](int64_t r, Workspace& w) {
+    const float* x = logits + r * vocabulary;
+    float highest_logit = 0;
+    if (!maxima(kernels, x, vocabulary, w, &highest_logit)) return false;
+    const double log_total = most_probable(kernels, x, vocabulary, highest_logit, top, draws[r], w);
+    draws[r].token = tokens[r];
+    draws[r].logprob = logprob(x[tokens[r]], highest_logit, log_total);
+    return true;
+  });
 }
 
 }  // namespace gm

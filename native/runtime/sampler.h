@@ -72,4 +72,9 @@ class SampleRow {
 void sample(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
             SampleRow* const* rows, int32_t* tokens, Pool* pool);
 
+// Log probabilities of one token of every row of logits, and of the `top` most probable: draws[count]. Throws
+// std::invalid_argument as sample does.
+void score(const KernelTable& kernels, const float* logits, int64_t count, int64_t vocabulary,
+           const int32_t* tokens, int64_t top, SampleRow::Draw* draws, Pool* pool);
+
 }  // namespace gm

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gristmill.engine.loop import Engine, Generation, check_prompt
+from gristmill.engine.loop import Generation, Runner, check_prompt
 from gristmill.engine.result import Chunk, Result
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import GristmillError, UsageError
@@ -127,7 +127,7 @@ class Model:
         self.kv_dtype = executor.kv_dtype
         self.load_s = load_s
         """Seconds that loading took."""
-        self._engine = Engine(executor, tokenizer, context=context, pool=executor.pool, load_s=load_s)
+        self.runner = Runner(executor, tokenizer, context=context, pool=executor.pool, load_s=load_s)
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -156,7 +156,7 @@ class Model:
         started = time.perf_counter()
         one = self._begin(prompt, raw, self.defaults.updated(sampling), started)
         one.on_text, one.on_prompt = on_text, on_prompt
-        self._engine.run([one], cancel)
+        self.runner.run([one], cancel)
         return one.result()
 
     def generate_batch(
@@ -177,7 +177,7 @@ class Model:
         started = time.perf_counter()
         params = self.defaults.updated(sampling)
         several = [self._begin(prompt, raw, params, started) for prompt in prompts]
-        self._engine.run(several, cancel, at_once=self._fitting(several))
+        self.runner.run(several, cancel, at_once=self._fitting(several))
         return [one.result() for one in several]
 
     def chat(
@@ -197,7 +197,7 @@ class Model:
         started = time.perf_counter()
         one = self._begin_chat(messages, self.defaults.updated(sampling), started)
         one.on_text, one.on_prompt = on_text, on_prompt
-        self._engine.run([one], cancel)
+        self.runner.run([one], cancel)
         return one.result()
 
     def stream(
@@ -242,7 +242,7 @@ class Model:
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
-        self._engine.close()
+        self.runner.close()
 
     def __enter__(self) -> Model:
         return self
@@ -257,7 +257,7 @@ class Model:
     ) -> Generation:
         # Raw text is continued, so a space that the continuation begins with belongs to it.
         plain = raw or not isinstance(prompt, str) or self.chat_template is None
-        return self._engine.begin(self.prompt_ids(prompt, raw=raw), params, started=started, continues=plain)
+        return self.runner.begin(self.prompt_ids(prompt, raw=raw), params, started=started, continues=plain)
 
     def _fitting(self, several: Sequence[Generation]) -> int:
         """How many of the sequences can grow to their ends in the memory there is; at least one is tried."""
@@ -269,13 +269,13 @@ class Model:
         return max(1, (there_is[0] - memory.RESERVE) // each)
 
     def _begin_chat(self, messages: Sequence[Message], params: SamplingParams, started: float) -> Generation:
-        return self._engine.begin(self.chat_ids(messages), params, started=started)
+        return self.runner.begin(self.chat_ids(messages), params, started=started)
 
     def _chunks(self, one: Generation, cancel: CancelFlag | None) -> Iterator[Chunk]:
         sent = 0
         pieces: list[str] = []
         one.on_text = pieces.append
-        steps = self._engine.steps([one], cancel)
+        steps = self.runner.steps([one], cancel)
         try:
             for _ in steps:
                 if pieces and not one.finished:
@@ -330,7 +330,7 @@ class ChatSession:
         params = model.defaults.updated(sampling)
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, dropped = self._fit(messages, params)
-        one = model._engine.begin(ids, params, started=started)
+        one = model.runner.begin(ids, params, started=started)
         kept = self._reuse(ids)
         view = self._view
         if view is None:
@@ -338,7 +338,7 @@ class ChatSession:
         one.keep(view, kept)
         one.on_text, one.on_prompt = on_text, on_prompt
         try:
-            model._engine.run([one], cancel)
+            model.runner.run([one], cancel)
         finally:
             # Whatever happened, the view says how many of the tokens are in it.
             self.tokens = [*ids, *one.token_ids][: view.length]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gristmill.backends.native import NativeExecutor, _native
-from gristmill.engine.loop import Engine
+from gristmill.engine.loop import Runner
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import UsageError
 from gristmill.evaluate.measure import compare
@@ -155,7 +155,7 @@ def test_tiles_tell_prompts_from_generated_tokens(checkpoints: dict[str, Path], 
 def test_loop_and_evaluation_take_the_steps_that_rings_of_windows_allow(checkpoints: dict[str, Path]) -> None:
     with closing(NativeExecutor.load(checkpoints["int8"], threads=2)) as executor:
         ids = models.tokens(700, executor.vocab_size)
-        engine = Engine(executor, FakeTokenizer(), context=800)
+        engine = Runner(executor, FakeTokenizer(), context=800)
         one = engine.begin(ids.tolist(), SamplingParams(max_tokens=3, temperature=0.0))
         engine.run([one])
         whole = models.logits(executor, ids, [16] * 43 + [12])

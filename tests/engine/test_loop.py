@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gristmill.backends.native import _native
-from gristmill.engine.loop import PROMPT_CUT, Engine, Generation
+from gristmill.engine.loop import PROMPT_CUT, Generation, Runner
 from gristmill.engine.result import Result
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import GristmillError, UsageError
@@ -19,12 +19,12 @@ from gristmill.program.batch import CancelFlag
 from tests.engine.fakes import FakeExecutor, FakeTokenizer
 
 
-def make_engine(executor: FakeExecutor, tokenizer: FakeTokenizer | None = None, **options: Any) -> Engine:
-    return Engine(executor, tokenizer or FakeTokenizer(), **{"context": 2000, **options})
+def make_engine(executor: FakeExecutor, tokenizer: FakeTokenizer | None = None, **options: Any) -> Runner:
+    return Runner(executor, tokenizer or FakeTokenizer(), **{"context": 2000, **options})
 
 
 def generate(
-    engine: Engine, *prompts: list[int], cancel: CancelFlag | None = None, **sampling: Any
+    engine: Runner, *prompts: list[int], cancel: CancelFlag | None = None, **sampling: Any
 ) -> list[Result]:
     several = [engine.begin(prompt, SamplingParams(**sampling)) for prompt in prompts]
     engine.run(several, cancel)
@@ -72,9 +72,8 @@ def test_prompts_are_cut_at_fixed_positions_only() -> None:
     executor = FakeExecutor()
     generate(make_engine(executor), prompt_of(588), prompt_of(130), prompt_of(33), max_tokens=5)
     assert all(cut % PROMPT_CUT == 0 or cut in (588, 130, 33) for cut in executor.cuts)
-    # 256, 256, then the last 76 with the next prompt and more.
-    assert executor.steps[:2] == [[256], [256]]
-    assert executor.steps[2] == [76, 130, 33]
+    # The short one does not wait for the long one, which goes before the one in between.
+    assert executor.steps[:3] == [[33, 208], [1, 240], [1, 140, 112]]
 
 
 def test_the_seed_matters_and_is_told() -> None:
@@ -200,7 +199,7 @@ def test_cancel_from_the_text_callback() -> None:
 def test_cancel_inside_a_long_prompt() -> None:
     executor, flag = FakeExecutor(), CancelFlag()
     executor.on_step = lambda fake, _: flag.set() if len(fake.steps) == 2 else None
-    first, second = generate(make_engine(executor), prompt_of(1500), [1], cancel=flag)
+    first, second = generate(make_engine(executor), prompt_of(1500), prompt_of(700), cancel=flag)
     for result in (first, second):
         assert (result.finish_reason, result.text, result.completion_tokens) == ("cancelled", "", 0)
         assert result.timings.first_token_s == 0

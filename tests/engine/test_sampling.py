@@ -25,7 +25,7 @@ GOOD: dict[str, list[Any]] = {
     "ignore_eos": [True, False],
 }
 BAD: dict[str, list[Any]] = {
-    "max_tokens": [0, -1, 1.5, "7", True, 2**31],
+    "max_tokens": [-1, 1.5, "7", True, 2**31],
     "temperature": [-1, 1e30, math.nan, math.inf, "hot", None, True, 10**400],
     "top_k": [-2, -1, 1.0, None],
     "top_p": [0, -0.1, 1.1, math.nan, "1"],

@@ -132,13 +132,13 @@ class CalibrationText:
 
     def _sample(self, model: str | Path, threads: int | None, progress: Progress | None) -> Sequences:
         from gristmill.bench.subject import Subject
-        from gristmill.engine.loop import Engine
+        from gristmill.engine.loop import Runner
         from gristmill.engine.sampling import SamplingParams
 
         random = np.random.default_rng(self.seed)
         with Subject.load(model, threads=threads) as subject:
             tokenizer, executor = subject.tokenizer(), subject.executor
-            engine = Engine(executor, tokenizer, context=self.length, pool=executor.pool)
+            engine = Runner(executor, tokenizer, context=self.length, pool=executor.pool)
             ordinary = [
                 i
                 for i in range(executor.vocab_size)

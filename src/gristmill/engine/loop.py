@@ -7,11 +7,9 @@ depends on none of that. Long prompts are computed in parts so that a cancellati
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +17,12 @@ from numpy.typing import NDArray
 
 from gristmill.backends.native import _native
 from gristmill.engine.detokenizer import TextStream, TokenBytes
-from gristmill.engine.result import FinishReason, Result, Timings, TokenLogprob
+from gristmill.engine.request import Constraint, ContextLengthExceeded
 from gristmill.engine.sampling import SamplingParams
+from gristmill.engine.scheduler import MAX_SEQUENCES, PROMPT_CUT, Scheduler
+from gristmill.engine.sequence import Generation
 from gristmill.errors import Cancelled, GristmillError, UsageError
-from gristmill.program.batch import GENERATED, MAX_STEP_TOKENS, PROMPT, Batch, CancelFlag, Executor, KVView
+from gristmill.program.batch import MAX_STEP_TOKENS, Batch, CancelFlag, Executor
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -34,12 +34,7 @@ if TYPE_CHECKING:
         def eos_token_ids(self) -> frozenset[int]: ...
 
 
-__all__ = ["MAX_SEQUENCES", "Engine", "Generation", "check_prompt"]
-
-MAX_SEQUENCES = 64
-"""Most sequences in a step; further ones wait."""
-PROMPT_CUT = 16
-"""Prompts are cut at multiples of this position only."""
+__all__ = ["MAX_SEQUENCES", "PROMPT_CUT", "Generation", "Runner", "check_prompt"]
 
 
 def check_prompt(ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -59,191 +54,7 @@ def check_prompt(ids: Sequence[int], vocab_size: int) -> list[int]:
     return result
 
 
-class Generation:
-    """One sequence between prompt and result. Made by `Engine.begin`, moved on by `Engine.steps`."""
-
-    def __init__(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        text: TextStream,
-        ends: frozenset[int],
-        *,
-        limit: int,
-        started: float,
-        load_s: float,
-    ) -> None:
-        self.prompt = np.array(prompt, np.int32)
-        self.params = params
-        self.token_ids: list[int] = []
-        """Generated so far."""
-        self.finish_reason: FinishReason | None = None
-        self.on_text: Callable[[str], None] | None = None
-        """Called with every new piece of text, in the thread that runs the steps."""
-        self.on_prompt: Callable[[int, int], None] | None = None
-        """Called as the prompt is computed, with the tokens done and all of them."""
-        self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
-        self.view: KVView | None = None
-        self.computed = 0
-        """Prompt tokens in the view."""
-        self.row = _native.SampleRow(
-            self.prompt,
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-            self.seed,
-            -1 if params.logprobs is None else params.logprobs,
-        )
-        self._ends = ends
-        self._limit = limit
-        self._text = text
-        self._pieces: list[str] = []
-        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self._owns_view = True
-        self._cached = 0
-        self._load_s = load_s
-        self._started = started
-        self.prefill_at = self._first_at = self._last_at = 0.0
-        if limit == 0:
-            self._finish("length")
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing more to do."""
-        return self.finish_reason is not None
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the view must hold."""
-        return len(self.prompt) + self._limit
-
-    def keep(self, view: KVView, cached: int) -> None:
-        """Uses the caller's view, which holds the first `cached` prompt tokens and stays open."""
-        self.view, self._owns_view = view, False
-        self.computed = self._cached = cached
-
-    def release(self) -> None:
-        """Closes the view, unless it is the caller's. Idempotent."""
-        view, self.view = self.view, None
-        if view is not None and self._owns_view:
-            view.close()
-
-    def accept(self, token: int, now: float) -> bool:
-        """Takes the token drawn at time `now`; whether the sequence goes on."""
-        ids = self.token_ids
-        if not ids:
-            self._first_at = now
-        self._last_at = now
-        ids.append(token)
-        if self._logprobs is not None:
-            own, top = self.row.logprobs()
-            self._logprobs.append(TokenLogprob(token, own, tuple(top)))
-        if token in self._ends:
-            self._finish("stop")
-            return False
-        text = self._text.push(token)
-        if text:
-            self._emit(text)
-        if self._text.stopped_by is not None:
-            self._finish("stop")
-            return False
-        if len(ids) >= self._limit:
-            self._finish("length")
-            return False
-        return True
-
-    def cancel(self) -> None:
-        """Ends the sequence with what it has."""
-        if self.finish_reason is None:
-            self._finish("cancelled")
-
-    def result(self, dropped_turns: int = 0) -> Result:
-        """The finished sequence."""
-        if self.finish_reason is None:
-            raise GristmillError("the sequence is not finished")
-        tokens = len(self.token_ids)
-        prefill = self._first_at - self.prefill_at
-        decode = self._last_at - self._first_at
-        return Result(
-            text="".join(self._pieces),
-            token_ids=list(self.token_ids),
-            finish_reason=self.finish_reason,
-            prompt_tokens=len(self.prompt),
-            completion_tokens=tokens,
-            timings=Timings(
-                load_s=self._load_s,
-                first_token_s=self._first_at - self._started if tokens else 0.0,
-                prefill_tokens_per_s=(len(self.prompt) - self._cached) / prefill
-                if tokens and prefill > 0
-                else 0.0,
-                decode_tokens_per_s=(tokens - 1) / decode if decode > 0 else 0.0,
-            ),
-            logprobs=self._logprobs,
-            seed=self.seed,
-            cached_tokens=self._cached,
-            dropped_turns=dropped_turns,
-        )
-
-    def _emit(self, text: str) -> None:
-        self._pieces.append(text)
-        if self.on_text is not None:
-            self.on_text(text)
-
-    def _finish(self, reason: FinishReason) -> None:
-        rest = self._text.finish()
-        self.finish_reason = "stop" if self._text.stopped_by is not None else reason
-        if rest:
-            self._emit(rest)
-
-
-class _Step:
-    """The batch of one step and what to do with its logits.
-
-    A step of decoding only is used again until a sequence leaves or comes: the sampler writes the tokens that
-    it draws to where the next step reads them.
-    """
-
-    def __init__(self, decoding: list[Generation], prompts: list[tuple[Generation, int]]) -> None:
-        """prompts: sequences and how many of their next prompt tokens are computed."""
-        count = len(decoding)
-        total = count + sum(n for _, n in prompts)
-        tokens = np.empty(total, np.int32)
-        phases = np.full(total, PROMPT, np.uint8)
-        phases[:count] = GENERATED
-        tokens[:count] = [one.token_ids[-1] for one in decoding]
-        rows = list(range(count))
-        self.drawing = list(decoding)
-        """The sequences whose next token is drawn, in the order of the logits."""
-        at = count
-        for one, n in prompts:
-            tokens[at : at + n] = one.prompt[one.computed : one.computed + n]
-            at += n
-            if one.computed + n == len(one.prompt):
-                rows.append(at - 1)
-                self.drawing.append(one)
-        self.prompts = prompts
-        self.states = [one.row for one in self.drawing]
-        self.drawn = np.empty(len(rows), np.int32) if prompts else tokens
-        sequences = [*decoding, *(one for one, _ in prompts)]
-        self.batch = Batch(
-            tokens=tokens,
-            lengths=np.array([1] * count + [n for _, n in prompts], np.int32),
-            views=tuple(_open(one) for one in sequences),
-            logit_rows=np.array(rows, np.int32),
-            phases=phases,
-        )
-
-
-def _open(one: Generation) -> KVView:
-    assert one.view is not None
-    return one.view
-
-
-class Engine:
+class Runner:
     """Runs sequences on an executor. Safe to use from several threads: their steps take turns."""
 
     def __init__(
@@ -280,19 +91,24 @@ class Engine:
         *,
         started: float | None = None,
         continues: bool = False,
+        index: int = 0,
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Generation:
         """A sequence to run, checked; nothing is computed yet.
 
         started: when the call began, by `time.perf_counter`. continues: the completion goes on from the
-        prompt's text, so that a leading space is part of it. UsageError if the prompt is longer than the
-        context.
+        prompt's text, so that a leading space is part of it. The rest is as in `Request`. UsageError if the
+        prompt is longer than the context.
         """
         if self.closed:
             raise UsageError("the model is closed")
         ids = check_prompt(prompt, self.executor.vocab_size)
+        if params.max_tokens == 0 and prompt_logprobs is None:
+            raise UsageError("max_tokens must be a whole number from 1, not 0")
         room = self.context - len(ids)
         if room < 0:
-            raise UsageError(f"the prompt has {len(ids)} tokens, but the context holds {self.context}")
+            raise ContextLengthExceeded(len(ids), self.context)
         return Generation(
             ids,
             params,
@@ -301,6 +117,9 @@ class Engine:
             limit=room if params.max_tokens is None else min(room, params.max_tokens),
             started=time.perf_counter() if started is None else started,
             load_s=self._load_s,
+            index=index,
+            constraint=constraint,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def run(
@@ -331,42 +150,24 @@ class Engine:
         step, and then has its usual effect: KeyboardInterrupt, unless the program handles it otherwise.
         """
         flag = CancelFlag() if cancel is None else cancel
-        most = min(self._max_sequences, at_once or self._max_sequences)
-        waiting = deque(one for one in sequences if not one.finished)
-        filling: list[Generation] = []
-        decoding: list[Generation] = []
-        step: _Step | None = None
-        clock = time.perf_counter
+        scheduler = Scheduler(
+            self.executor,
+            self.compute,
+            pool=self._pool,
+            max_step_tokens=self._max_step_tokens,
+            max_sequences=min(self._max_sequences, at_once or self._max_sequences),
+        )
         try:
-            while True:
-                while waiting and len(filling) + len(decoding) < most:
-                    one = waiting.popleft()
-                    if one.view is None:
-                        one.view = self.executor.allocate(one.capacity)
-                    filling.append(one)
-                if step is None:
-                    if not filling and not decoding:
-                        return
-                    step = self._next(decoding, filling)
-                self._run(step, flag)
-                now = clock()
-                for one, n in step.prompts:
-                    one.computed += n
-                    if one.on_prompt is not None:
-                        one.on_prompt(one.computed, len(one.prompt))
-                changed = False
-                for one, token in zip(step.drawing, step.drawn.tolist(), strict=True):
-                    if not one.accept(token, now):
-                        one.release()
-                        changed = True
-                if changed or step.prompts:
-                    decoding = [one for one in step.drawing if not one.finished]
-                    filling = [one for one in filling if one.computed < len(one.prompt)]
-                    step = None
+            for one in sequences:
+                scheduler.add(one)
+            while scheduler.busy:
+                for one in scheduler.step(flag):
+                    if one.error is not None:
+                        raise GristmillError(one.error)
                 yield
         except Cancelled:
             for one in sequences:
-                one.cancel()
+                one.end("cancelled")
         finally:
             for one in sequences:
                 one.release()
@@ -378,24 +179,8 @@ class Engine:
                 self.closed = True
                 self.executor.close()
 
-    def _next(self, decoding: list[Generation], filling: list[Generation]) -> _Step:
-        """One token of every sequence being decoded, and as much of the prompts as fits."""
-        left = self._max_step_tokens - len(decoding)
-        prompts: list[tuple[Generation, int]] = []
-        for one in filling:
-            count = len(one.prompt) - one.computed
-            if count > left:
-                count = (one.computed + left) // PROMPT_CUT * PROMPT_CUT - one.computed
-            if count <= 0:
-                break
-            if not one.prefill_at:
-                one.prefill_at = time.perf_counter()
-            prompts.append((one, count))
-            left -= count
-        return _Step(decoding, prompts)
-
-    def _run(self, step: _Step, flag: CancelFlag) -> None:
-        """Computes a step and draws its tokens. Raises Cancelled."""
+    def compute(self, batch: Batch, flag: CancelFlag) -> NDArray[np.float32]:
+        """The logits of a step, once other threads' steps are done. Raises Cancelled."""
         with self._lock:
             if self.closed:
                 raise UsageError("the model is closed")
@@ -403,12 +188,7 @@ class Engine:
                 raise Cancelled("cancelled")
             watching = threading.get_ident() == self._main_thread and _native.watch_interrupt(flag.word)
             try:
-                logits: NDArray[np.float32] = self.executor.step(step.batch, flag)
+                return self.executor.step(batch, flag)
             finally:
                 if watching:
                     _native.unwatch_interrupt()
-            if step.states:
-                try:
-                    _native.sample(logits, step.states, step.drawn, self._pool)
-                except ValueError as error:
-                    raise GristmillError(f"cannot choose a token: {error}") from None

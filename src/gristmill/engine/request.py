@@ -50,6 +50,11 @@ class QueueFull(GristmillError):
 class ContextLengthExceeded(UsageError):
     """The prompt does not fit the context."""
 
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        super().__init__(f"the prompt has {prompt_tokens} tokens, but the context holds {context}")
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+
 
 class EngineDead(GristmillError):
     """The engine's thread has ended, or is closed."""
@@ -118,7 +123,7 @@ class Status:
     max_sequences: int
     context: int
     kv_used: float
-    """Share of the KV memory that sequences in progress and cached prefixes hold, 0 to 1."""
+    """Share of the KV memory that sequences in progress hold, 0 to 1. Cached prefixes give way to them."""
     kv: dict[str, int] = field(default_factory=dict)
     """Bytes: limit, reserved, committed, live (of sequences), cached (of prefixes only); and mappings."""
     counters: dict[str, int] = field(default_factory=dict)

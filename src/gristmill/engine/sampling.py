@@ -4,7 +4,8 @@ The order is that of the field (Transformers): penalties, temperature, top-k, to
 
 1. `repetition_penalty` r divides the positive and multiplies the other logits of every token in prompt or
    completion; then `presence_penalty` is subtracted once, and `frequency_penalty` per occurrence, for tokens
-   of the completion.
+   of the completion; then `logit_bias` is added, and tokens that a constraint or `min_tokens` forbids get
+   minus infinity.
 2. The logits are divided by `temperature`. 0 (and anything below 1e-5) means greedy: the highest logit after
    the penalties, the lowest id among equals; nothing is drawn and the filters do not matter.
 3. `top_k` keeps the k highest (the lowest ids among equals), 0 all.
@@ -21,14 +22,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from gristmill.errors import ModelError, UsageError
 
 __all__ = ["MAX_LOGPROBS", "MAX_STOPS", "MAX_STOP_CHARS", "SamplingParams"]
 
+MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 
@@ -38,7 +41,8 @@ class SamplingParams:
     """How one sequence is continued. A wrong value raises UsageError, in one line that names the field."""
 
     max_tokens: int | None = None
-    """Most tokens to generate, from 1; None: as many as the context holds."""
+    """Most tokens to generate, from 1; None: as many as the context holds. 0 where log probabilities of the
+    prompt are all that is wanted."""
     temperature: float = 0.0
     """0 to 100; 0 is greedy."""
     top_k: int = 0
@@ -61,13 +65,19 @@ class SamplingParams:
     """None: no log probabilities; 0 to 20: the token's own and those of that many of the most probable."""
     ignore_eos: bool = False
     """Goes on after end tokens (for benchmarks)."""
+    min_tokens: int = 0
+    """Tokens before which no end token and none of stop_token_ids may come; at most max_tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Up to 64 further tokens that end the generation as an end token does."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> -100 to 100, added to its logit; up to 1,024."""
 
     def __post_init__(self) -> None:
         def store(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         if self.max_tokens is not None:
-            store("max_tokens", _integer("max_tokens", self.max_tokens, 1, 2**31 - 1))
+            store("max_tokens", _integer("max_tokens", self.max_tokens, 0, 2**31 - 1))
         store("temperature", _number("temperature", self.temperature, 0, 100))
         store("top_k", _integer("top_k", self.top_k, 0, 2**31 - 1))
         store("top_p", _number("top_p", self.top_p, 0, 1, above=True))
@@ -84,6 +94,11 @@ class SamplingParams:
             store("logprobs", _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
         if not isinstance(self.ignore_eos, bool):
             raise UsageError(f"ignore_eos must be true or false, not {_shown(self.ignore_eos)}")
+        store("min_tokens", _integer("min_tokens", self.min_tokens, 0, 2**31 - 1))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UsageError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        store("stop_token_ids", _token_ids(self.stop_token_ids))
+        store("logit_bias", _bias(self.logit_bias))
 
     @property
     def penalised(self) -> bool:
@@ -94,7 +109,7 @@ class SamplingParams:
         """A copy with some fields changed. UsageError for a name that is not a field."""
         if not changes:
             return self
-        known = [field.name for field in fields(self)]
+        known = [one.name for one in fields(self)]
         for name in changes:
             if name not in known:
                 raise UsageError(f"unknown sampling parameter {name!r}: there are {', '.join(known)}")
@@ -155,6 +170,26 @@ def _number(name: str, value: object, low: float, high: float, above: bool = Fal
         bounds = f"above {low:g} and at most {high:g}" if above else f"between {low:g} and {high:g}"
         raise UsageError(f"{name} must be a number {bounds}, not {_shown(value)}")
     return number
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise UsageError(f"stop_token_ids must be a list of token ids, not {_shown(value)}")
+    ids = tuple(_integer("stop_token_ids", one, 0, 2**31 - 1) for one in value)
+    if len(ids) > MAX_STOP_TOKENS:
+        raise UsageError(f"stop_token_ids may hold at most {MAX_STOP_TOKENS} ids, not {len(ids)}")
+    return ids
+
+
+def _bias(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"logit_bias must map token ids to numbers, not {_shown(value)}")
+    if len(value) > MAX_BIASES:
+        raise UsageError(f"logit_bias may hold at most {MAX_BIASES} tokens, not {len(value)}")
+    return {
+        _integer("logit_bias", token, 0, 2**31 - 1): _number("logit_bias", bias, -100, 100)
+        for token, bias in value.items()
+    }
 
 
 def _stops(value: object) -> tuple[str, ...]:

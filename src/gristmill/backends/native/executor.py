@@ -143,6 +143,11 @@ class NativeKVPool:
         """Most bytes in use."""
         self.backing = str(native.backing)
 
+    @property
+    def used(self) -> int:
+        """Bytes that sequences and cached prefixes refer to."""
+        return int(self._native.used)
+
     def stats(self) -> dict[str, int]:
         """limit, used, committed, reserved: bytes. frames, mappings, mapping_limit: numbers."""
         return dict(self._native.stats())
