@@ -30,7 +30,7 @@ from gristmill.engine.request import (
     Status,
 )
 from gristmill.engine.result import FinishReason, Result
-from gristmill.engine.scheduler import MAX_SEQUENCES, Scheduler
+from gristmill.engine.scheduler import MAX_SEQUENCES, SPAN, Scheduler
 from gristmill.engine.sequence import Generation
 from gristmill.errors import Cancelled, GristmillError, UsageError
 from gristmill.io import memory
@@ -128,14 +128,15 @@ class Engine:
         self.max_sequences = max_sequences
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens or 16 * model.context
-        one = memory.plan(executor.program, 0, model.kv_dtype, model.context).kv_bytes
+        one = -(-model.context // SPAN) * executor.kv_pool.span_bytes
         if kv_bytes is None:
             kv_bytes = max(one, min(KV_BYTES, memory.available_memory()[0] // 2))
         elif kv_bytes < one:
             raise UsageError(
                 f"{kv_bytes >> 20} MiB of KV memory do not hold one sequence of {model.context} tokens "
-                f"({-(-one >> 20)} MiB): give more, or a smaller context"
+                f"({-(-one // (1 << 20))} MiB): give more, or a smaller context"
             )
+        # One span more: copying a shared one needs both.
         executor.limit_kv(kv_bytes + executor.kv_pool.span_bytes, kv_placement)
         self._kv = executor.kv_pool
         self._scheduler = Scheduler(

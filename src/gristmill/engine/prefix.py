@@ -111,6 +111,8 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forgets everything."""
+        for node in self._nodes:
+            node.span = None  # nodes refer to each other: their memory must not wait for that to be found
         self._nodes.clear()
         self._root.children.clear()
 
