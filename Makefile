@@ -22,7 +22,7 @@ $(VENV)/.base: $(VENV)/bin/pip pyproject.toml CMakeLists.txt native/CMakeLists.t
 # PyTorch's version is pinned here because its plain name at this version is a CPU build on the registry we test with.
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,torch]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,torch,serve]"
 	touch $@
 
 native: $(VENV)/.base

@@ -330,6 +330,60 @@ def bench(
         output.show(measurements.render_startup(result) if startup else measurements.render(result))
 
 
+class _ServeCommand(click.Command):
+    """A verb with an option for every setting of a server; they are read when the verb is used."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if len(self.params) == 2:
+            self.params += _server_options()
+        return super().get_params(ctx)
+
+
+def _server_options() -> list[click.Parameter]:
+    try:
+        from gristmill.serve.settings import Settings, option_names
+    except ImportError as error:
+        raise UsageError(f"serving needs more packages: pip install 'gristmill[serve]' ({error})") from None
+    options: list[click.Parameter] = []
+    for name, (text, kind) in option_names().items():
+        default = Settings.model_fields[name].default
+        shown = text if default in (None, (), False, True) else f"{text} [default: {default}]"
+        flag = "--" + name.replace("_", "-")
+        short = {"weights": ["-w"], "threads": ["-t"], "context": ["-c"]}.get(name, [])
+        if kind == "flag":
+            options.append(click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=shown))
+        elif kind == "many":
+            options.append(click.Option([flag, name], multiple=True, metavar="TEXT", help=shown))
+        elif isinstance(kind, tuple):
+            options.append(click.Option([*short, flag, name], type=click.Choice(kind), help=shown))
+        else:
+            options.append(click.Option([*short, flag, name], metavar="X", help=shown))
+    return options
+
+
+@app.command(cls=_ServeCommand)
+@click.argument("model", required=False)
+@click.option("--config", type=click.Path(), help="A YAML file with settings by the names of the options.")
+def serve(*, model: str | None, config: str | None, **flags: Any) -> None:
+    """Serve MODEL over HTTP, as OpenAI's API.
+
+    Every option is also a variable GRISTMILL_<OPTION> and a key of the file; options go before variables,
+    variables before the file. SIGTERM lets running requests finish.
+    """
+    from gristmill.serve.settings import load_settings
+
+    settings, rest = load_settings(flags, config)
+    try:
+        from gristmill.serve.server import check_model, run
+    except ImportError as error:
+        raise UsageError(f"serving needs more packages: pip install 'gristmill[serve]' ({error})") from None
+
+    def announce(address: str) -> None:
+        click.echo(f"listening on {address} (loading the model; /ready tells when)", err=True)
+
+    raise click.exceptions.Exit(run(check_model(model or rest.get("model")), settings, announce))
+
+
 @app.command()
 @click.argument("model")
 @click.option("--base", metavar="MODEL", help="The model to compare with. [default: MODEL itself]")

@@ -177,6 +177,11 @@ class Engine:
     ) -> None:
         self.close()
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread is there."""
+        return self._thread.is_alive()
+
     def stream(self, request: Request) -> AsyncIterator[Output]:
         """The news of a request, for one consumer in a running event loop.
 

@@ -1,0 +1,786 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gristmill.engine.request import Constraint, ContextLengthExceeded, Output, Request, Status
+from gristmill.engine.sampling import SamplingParams
+from gristmill.serve import logs
+from gristmill.serve.answers import Chat, Completion
+from gristmill.serve.errors import ApiError, translate
+from gristmill.serve.guard import Guard, read_body, send_error, send_json
+from gristmill.serve.metrics import Metrics
+from gristmill.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    count_of,
+    read,
+    sampling_of,
+)
+from gristmill.serve.settings import LIMITS, Settings
+from gristmill.serve.strict_json import parse_object
+from gristmill.version import __version__
+
+if TYPE_CHECKING:
+    from gristmill.serve.constraints import ConstraintSpec
+
+__all__ = ["ServedEngine", "Server", "make_app"]
+
+BIG_BODY = 1 << 18
+"""Bodies above this are parsed beside the event loop."""
+
+
+class ServedTokenizer(Protocol):
+    """What the routes need of a tokenizer."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+
+class ServedEngine(Protocol):
+    """What the routes need of an engine."""
+
+    @property
+    def context(self) -> int: ...
+
+    def stream(self, request: Request) -> AsyncIterator[Output]: ...
+
+    def status(self) -> Status: ...
+
+
+class Texts(Protocol):
+    """Work on texts that happens in helper processes."""
+
+    async def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]: ...
+
+    async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]: ...
+
+    async def check_constraint(self, spec: ConstraintSpec) -> None: ...
+
+
+@dataclass
+class Server:
+    """What a running server consists of; the engine comes when the model is loaded."""
+
+    settings: Settings
+    name: str
+    """Of the model, in the API."""
+    engine: ServedEngine | None = None
+    tokenizer: ServedTokenizer | None = None
+    texts: Texts | None = None
+    defaults: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
+    vocab_size: int = 0
+    chat: bool = False
+    """Whether the model has a chat template."""
+    reasoning: bool = False
+    """Whether the chat template speaks of reasoning."""
+    constraint: Callable[[ConstraintSpec], Callable[[], Constraint]] | None = None
+    draining: bool = False
+    failed: str | None = None
+    """Why loading failed."""
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+        self.fingerprint = f"gristmill-{__version__}"
+        self.metrics = Metrics(self.name, self.status)
+        self.unknown_seen: set[str] = set()
+
+    def status(self) -> Status | None:
+        """The engine's, None while there is none."""
+        return None if self.engine is None else self.engine.status()
+
+    def ready_engine(self) -> ServedEngine:
+        """The engine. ApiError 503 while there is none, or it takes no requests."""
+        if self.engine is None or self.draining:
+            what = "shutting down" if self.draining else self.failed or "loading the model"
+            raise ApiError(503, f"the server is {what}", code="unavailable", headers={"retry-after": "5"})
+        if not self.engine.status().alive:
+            raise ApiError(503, "the engine has failed", code="unavailable", headers={"retry-after": "5"})
+        return self.engine
+
+
+def make_app(server: Server, page: ASGIApp | None = None, page_paths: Sequence[str] = ()) -> ASGIApp:
+    """The application. page: serves `page_paths`."""
+    handlers = _Handlers(server)
+    routes: list[BaseRoute] = [
+        _route("/health", handlers.health, "GET"),
+        _route("/ready", handlers.ready, "GET"),
+        _route("/metrics", handlers.metrics, "GET"),
+        _route("/version", handlers.version, "GET"),
+        _route("/openapi.json", handlers.openapi, "GET"),
+        _route("/v1/models", handlers.models, "GET"),
+        _route("/v1/models/{id:path}", handlers.model, "GET"),
+        _route("/models", handlers.models, "GET"),
+        _route("/tokenizer_info", handlers.tokenizer_info, "GET"),
+        _route("/tokenize", handlers.tokenize, "POST"),
+        _route("/detokenize", handlers.detokenize, "POST"),
+        _route("/v1/chat/completions", handlers.chat, "POST"),
+        _route("/v1/completions", handlers.completions, "POST"),
+    ]
+    for path, what in _REFUSED.items():
+        routes.append(_route(path, handlers.refuse(what), "POST"))
+    paths = frozenset(route.path for route in routes if isinstance(route, Route))
+    if page is not None:
+        routes.append(Mount("/", page))
+
+    async def not_found(request: Any, error: Exception) -> Any:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        message = {404: "there is no such route", 405: "the route does not take this method"}.get(
+            status, "error"
+        )
+        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+        return _Json(ApiError(status, message, headers=headers))
+
+    inner = Starlette(routes=routes, exception_handlers={HTTPException: not_found})
+    page_files = frozenset(page_paths)
+    return Guard(
+        inner,
+        server.settings,
+        lambda: server.metrics,
+        lambda: paths | page_files,
+        lambda path: path in page_files,
+    )
+
+
+_REFUSED = {
+    "/v1/embeddings": "embeddings are not computed here: the model writes text",
+    "/v1/responses": "the Responses API is not served: use /v1/chat/completions",
+    "/v1/messages": "the Messages API is not served: use /v1/chat/completions",
+    "/v1/images/generations": "images are not made here",
+    "/v1/audio/transcriptions": "audio is not served here",
+    "/v1/audio/speech": "audio is not served here",
+    "/v1/moderations": "moderation is not served here",
+    "/v1/rerank": "ranking is not served here",
+    "/v1/load_lora_adapter": "adapters are given when the server starts",
+}
+
+Handler = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+
+
+class _Json:
+    """An ASGI answer that is an error."""
+
+    def __init__(self, error: ApiError) -> None:
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_error(send, self._error)
+
+
+class _Endpoint:
+    """An ASGI application: a handler, and its errors as answers."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._handler(scope, receive, send)
+        except Exception as error:
+            known = translate(error)
+            if known.status == 500 and known.code == "internal_error":
+                raise
+            await send_error(send, known)
+
+
+def _route(path: str, handler: Handler, method: str) -> Route:
+    return Route(path, _Endpoint(handler), methods=[method])
+
+
+async def _gone(receive: Receive) -> None:
+    """Waits until the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Handlers:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    # ---- about the server ----------------------------------------------------------------------------------
+
+    async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whether process and engine live. Loading and draining are healthy."""
+        status = self._server.status()
+        good = self._server.failed is None and (status is None or status.alive)
+        text = "ok" if good else self._server.failed or "the engine has failed"
+        await send_json(send, {"status": text}, 200 if good else 503)
+
+    async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whether requests are taken."""
+        status = self._server.status()
+        good = status is not None and status.ready and not self._server.draining
+        what = "ready" if good else "draining" if self._server.draining else "loading"
+        if not good and status is not None and not status.alive:
+            what = "the engine has failed"
+        await send_json(send, {"status": what}, 200 if good else 503)
+
+    async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """For Prometheus."""
+        body = self._server.metrics.text()
+        kind = b"text/plain; version=0.0.4; charset=utf-8"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def version(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Of gristmill."""
+        await send_json(send, {"version": __version__})
+
+    async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """This API's description."""
+        await send_json(send, openapi())
+
+    async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The one model."""
+        await send_json(send, {"object": "list", "data": [self._model()]})
+
+    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The model of a name."""
+        self._check_name(scope["path_params"]["id"])
+        await send_json(send, self._model())
+
+    def _model(self) -> dict[str, Any]:
+        server = self._server
+        return {
+            "id": server.name,
+            "object": "model",
+            "created": server.created,
+            "owned_by": "gristmill",
+            "root": server.name,
+            "parent": None,
+            "max_model_len": None if server.engine is None else server.engine.context,
+            "limits": {
+                **LIMITS,
+                "body_bytes": int(server.settings.max_body_mb * 1e6),
+                "queue": server.settings.max_queue,
+                "request_seconds": server.settings.request_timeout,
+            },
+        }
+
+    def refuse(self, what: str) -> Handler:
+        """Answers a route that others have and we do not."""
+
+        async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+            raise ApiError(404, what, code="unsupported_route")
+
+        return handler
+
+    # ---- tokens --------------------------------------------------------------------------------------------
+
+    async def tokenizer_info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What clients that score texts want to know of the tokenizer."""
+        self._server.ready_engine()
+        tokenizer = self._server.tokenizer
+        assert tokenizer is not None
+
+        def text(name: str) -> str | None:
+            value = getattr(tokenizer, name, None)
+            return tokenizer.token_bytes(value).decode(errors="replace") if isinstance(value, int) else None
+
+        ends = sorted(tokenizer.eos_token_ids)
+        end = tokenizer.token_bytes(ends[0]).decode(errors="replace") if ends else None
+        await send_json(
+            send,
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "vocab_size": self._server.vocab_size,
+                "eos_token": end,
+                "eos_token_id": ends[0] if ends else None,
+                "bos_token": text("bos_token_id"),
+                "pad_token": end,
+                "model_max_length": self._server.ready_engine().context,
+            },
+        )
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Text or messages to token ids."""
+        engine = self._server.ready_engine()
+        request = await self._read(TokenizeRequest, receive)
+        texts = self._server.texts
+        assert texts is not None
+        prompt = request.prompt if request.prompt is not None else request.content
+        if (prompt is None) == (request.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if request.messages is not None:
+            ids = await texts.render(request.messages)
+        else:
+            asked = request.add_special_tokens if request.add_special is None else request.add_special
+            ids = await texts.tokenize(prompt, add_special=True if asked is None else asked)
+        value: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context, "tokens": ids}
+        if request.return_token_strs:
+            assert self._server.tokenizer is not None
+            value["token_strs"] = [
+                self._server.tokenizer.token_bytes(one).decode(errors="replace") for one in ids
+            ]
+        await send_json(send, value)
+
+    async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Token ids to text."""
+        self._server.ready_engine()
+        request = await self._read(DetokenizeRequest, receive)
+        self._check_ids(request.tokens, "tokens")
+        assert self._server.tokenizer is not None
+        text = self._server.tokenizer.decode(request.tokens, skip_special=False)
+        await send_json(send, {"prompt": text, "content": text})
+
+    # ---- completions ---------------------------------------------------------------------------------------
+
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /v1/chat/completions."""
+        from gristmill.serve.tools import check_tools, constraint_for
+
+        server = self._server
+        server.ready_engine()
+        request = await self._read(ChatRequest, receive)
+        if not server.chat:
+            raise ApiError(
+                400, f"{server.name} has no chat template: use /v1/completions", code="no_chat_template"
+            )
+        assert server.texts is not None
+        assert server.tokenizer is not None
+        params = sampling_of(request, server.defaults, server.vocab_size)
+        if params.max_tokens == 0:
+            raise ApiError(400, "max_tokens must be 1 at least", param="max_tokens")
+        count = count_of(request)
+        tools, choice = request.tools or None, request.tool_choice
+        if tools and server.settings.tool_parser == "none" and choice != "none":
+            raise ApiError(400, "this server reads no tool calls (--tool-parser none)", param="tools")
+        check_tools(tools, choice)
+        spec = self._spec(request)
+        called = constraint_for(tools, choice, request.parallel_tool_calls is not False) if tools else None
+        if called is not None and spec is not None:
+            raise ApiError(
+                400, "response_format and a required tool call exclude each other", param="tool_choice"
+            )
+        spec = called or spec
+        shown = None if choice == "none" else tools
+        ids = await server.texts.render(request.messages, tools=shown, variables=request.chat_template_kwargs)
+        answer = Chat(
+            server.name,
+            count,
+            server.tokenizer,
+            server.fingerprint,
+            logprobs=bool(request.logprobs),
+            tools=shown is not None,
+            reasoning=server.reasoning and spec is None,
+        )
+        await self._answer(
+            (scope, receive, send), request, answer, prompts=[ids], params=params, count=count, spec=spec
+        )
+
+    async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /v1/completions."""
+        server = self._server
+        server.ready_engine()
+        request = await self._read(CompletionRequest, receive)
+        assert server.texts is not None
+        assert server.tokenizer is not None
+        given = request.prompt
+        prompts: list[Any] = (
+            given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        )
+        if len(prompts) > LIMITS["prompts"]:
+            raise ApiError(400, f"prompt may hold at most {LIMITS['prompts']} prompts", param="prompt")
+        params = sampling_of(request, server.defaults, server.vocab_size)
+        count = count_of(request, len(prompts))
+        echo = bool(request.echo)
+        if params.max_tokens == 0 and not echo:
+            raise ApiError(400, "max_tokens 0 needs echo: true", param="max_tokens")
+        special = True if request.add_special_tokens is None else request.add_special_tokens
+        ids: list[list[int]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                ids.append(await server.texts.tokenize(prompt, add_special=special))
+            else:
+                self._check_ids(prompt, "prompt")
+                ids.append(prompt)
+            if not ids[-1]:
+                raise ApiError(400, "a prompt is empty", param="prompt")
+        echoes = None
+        if echo:
+            texts = [
+                one if isinstance(one, str) else server.tokenizer.decode(one, skip_special=False)
+                for one in prompts
+            ]
+            echoes = [(text, one) for text, one in zip(texts, ids, strict=True) for _ in range(count)]
+        answer = Completion(
+            server.name,
+            len(prompts) * count,
+            server.tokenizer,
+            server.fingerprint,
+            logprobs=request.logprobs is not None,
+            echoes=echoes,
+        )
+        scores = request.logprobs if echo else None
+        if params.max_tokens == 0 and scores is None:
+            scores = 0
+        spec = self._spec(request)
+        await self._answer(
+            (scope, receive, send),
+            request,
+            answer,
+            prompts=ids,
+            params=params,
+            count=count,
+            spec=spec,
+            scores=scores,
+            continues=True,
+        )
+
+    async def _answer(
+        self,
+        call: tuple[Scope, Receive, Send],
+        request: Any,
+        answer: Any,
+        *,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        count: int,
+        spec: ConstraintSpec | None,
+        scores: int | None = None,
+        continues: bool = False,
+    ) -> None:
+        """Runs the prompts and sends what they say."""
+        scope, receive, send = call
+        server, settings = self._server, self._server.settings
+        engine = server.ready_engine()
+        began = time.monotonic()
+        seconds = min(settings.request_timeout, request.timeout or settings.request_timeout)
+        constraint = None
+        if spec is not None:
+            assert server.texts is not None
+            await server.texts.check_constraint(spec)
+            if server.constraint is None:
+                raise ApiError(400, "constraints on the output are not available", param="response_format")
+            constraint = await asyncio.to_thread(server.constraint, spec)
+        if request.truncate_prompt_tokens is not None:
+            prompts = [one[-request.truncate_prompt_tokens :] for one in prompts]
+        answer.usage.prompt = sum(len(one) for one in prompts)
+        streams: list[AsyncIterator[Output]] = []
+        try:
+            for i, ids in enumerate(prompts):
+                # Log probabilities of a prompt belong to each of its choices.
+                asked = Request(
+                    ids,
+                    params,
+                    f"{scope['request_id']}-{answer.id}-{i}",
+                    count,
+                    continues=continues,
+                    prompt_logprobs=scores,
+                    constraint=constraint,
+                    deadline=began + seconds,
+                )
+                streams.append(engine.stream(asked))
+            work = asyncio.create_task(
+                self._stream(send, request, answer, self._outputs(streams, count, began))
+                if request.stream
+                else self._whole(send, answer, self._outputs(streams, count, began))
+            )
+            gone = asyncio.create_task(_gone(receive))
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ApiError(499, "the client has gone")
+                work.result()
+            finally:
+                for task in (work, gone):
+                    task.cancel()
+                    with suppress(BaseException):
+                        await task
+        except ContextLengthExceeded as error:
+            known = translate(error)
+            known.param = "messages" if isinstance(answer, Chat) else "prompt"
+            raise known from None
+        finally:
+            for stream in streams:
+                await stream.aclose()  # type: ignore[attr-defined]
+            server.metrics.prompt.observe(answer.usage.prompt)
+            server.metrics.generation.observe(answer.usage.completion)
+            server.metrics.latency.observe(time.monotonic() - began)
+
+    async def _outputs(
+        self, streams: list[AsyncIterator[Output]], count: int, began: float
+    ) -> AsyncIterator[tuple[int, Output]]:
+        """Choice number and news, as they come. ApiError where a choice did not end well."""
+        metrics = self._server.metrics
+        queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue(len(streams))
+
+        async def pump(number: int, stream: AsyncIterator[Output]) -> None:
+            try:
+                async for output in stream:
+                    await queue.put((number * count + output.index, output))
+                await queue.put(None)
+            except Exception as error:
+                await queue.put(error)
+
+        last: dict[int, float] = {}
+        left = len(streams)
+        tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+        try:
+            while left:
+                item = await queue.get()
+                if item is None:
+                    left -= 1
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                index, output = item
+                now = time.monotonic()
+                if output.token_ids:
+                    if index not in last:
+                        metrics.first_token.observe(now - began)
+                    else:
+                        gap = (now - last[index]) / len(output.token_ids)
+                        for _ in output.token_ids:
+                            metrics.between_tokens.observe(gap)
+                    last[index] = now
+                if output.result is not None:
+                    times = output.result.timings
+                    metrics.prefill.observe(times.first_token_s)
+                    if times.decode_tokens_per_s:
+                        metrics.decode.observe(
+                            (output.result.completion_tokens - 1) / times.decode_tokens_per_s
+                        )
+                if output.finish_reason == "timeout":
+                    raise ApiError(408, "the request took longer than it may", code="timeout")
+                if output.finish_reason == "cancelled":
+                    raise ApiError(503, "the request was aborted by the server", code="aborted")
+                yield index, output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _whole(self, send: Send, answer: Any, outputs: AsyncIterator[tuple[int, Output]]) -> None:
+        try:
+            async for index, output in outputs:
+                answer.take(output, index)
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+        await send_json(send, answer.whole())
+
+    async def _stream(
+        self, send: Send, request: Any, answer: Any, outputs: AsyncIterator[tuple[int, Output]]
+    ) -> None:
+        options = request.stream_options
+        answer.continuous = bool(options and options.continuous_usage_stats)
+        started = False
+
+        async def write(data: bytes, more: bool = True) -> None:
+            nonlocal started
+            try:
+                async with asyncio.timeout(self._server.settings.write_timeout):
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
+            except TimeoutError:
+                raise ApiError(499, "the client does not read") from None
+
+        try:
+            async for index, output in outputs:
+                data = b"".join(answer.chunks(output, index))
+                if data:
+                    await write(data)
+            if options and options.include_usage:
+                await write(answer.event([], usage=True))
+        except Exception as error:
+            known = translate(error)
+            if not started or known.status == 499:
+                raise
+            if known.code == "internal_error":
+                logs.logger.exception("a stream failed")
+            await write(b"data: " + json.dumps(known.body()).encode() + b"\n\n")
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+        await write(b"data: [DONE]\n\n", more=False)
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    async def _read(self, kind: type[Any], receive: Receive) -> Any:
+        body = await read_body(receive, self._server.settings)
+        value = parse_object(body) if len(body) < BIG_BODY else await asyncio.to_thread(parse_object, body)
+        request, unknown = read(kind, value)
+        for name in unknown:
+            self._server.metrics.unknown_fields.inc()
+            if name not in self._server.unknown_seen and len(self._server.unknown_seen) < 1000:
+                self._server.unknown_seen.add(name)
+                logs.event("an unknown field was ignored", field=name[:60])
+        if request.model is not None:
+            self._check_name(request.model)
+        return request
+
+    def _check_name(self, name: str) -> None:
+        if name != self._server.name:
+            raise ApiError(
+                404,
+                f"the model {name[:100]!r} does not exist: this server has {self._server.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        size = self._server.vocab_size
+        for one in ids:
+            if isinstance(one, bool) or not 0 <= one < size:
+                raise ApiError(400, f"{param}: {one!r} is not a token id below {size}"[:120], param=param)
+
+    def _spec(self, request: Any) -> ConstraintSpec | None:
+        """The constraint on the output that a request asks for, in any of the ways there are."""
+        from gristmill.serve.constraints import ConstraintSpec
+
+        found: list[ConstraintSpec] = []
+
+        def schema(value: object, name: str) -> None:
+            if isinstance(value, str):
+                value = parse_object(value.encode())
+            if not isinstance(value, dict):
+                raise ApiError(400, f"{name} must be a JSON schema", param=name)
+            found.append(ConstraintSpec("json_schema", json.dumps(value)))
+
+        form = request.response_format
+        if form is not None:
+            kind = form.get("type")
+            if kind == "json_object":
+                found.append(ConstraintSpec("json_object", ""))
+            elif kind == "json_schema":
+                inner = form.get("json_schema")
+                if not isinstance(inner, dict) or "schema" not in inner:
+                    raise ApiError(
+                        400, "response_format.json_schema.schema is missing", param="response_format"
+                    )
+                schema(inner["schema"], "response_format")
+            elif kind != "text":
+                raise ApiError(
+                    400,
+                    "response_format.type must be text, json_object or json_schema",
+                    param="response_format",
+                )
+        options = {
+            "json": request.guided_json,
+            "regex": request.guided_regex or request.regex,
+            "choice": request.guided_choice,
+            "grammar": request.guided_grammar or request.grammar,
+        }
+        for name, value in (request.structured_outputs or {}).items():
+            if name == "json_object":
+                if value:
+                    found.append(ConstraintSpec("json_object", ""))
+            elif name not in options:
+                raise ApiError(
+                    400, f"structured_outputs.{name[:40]} is not supported", param="structured_outputs"
+                )
+            elif value is not None:
+                options[name] = value
+        for name, value in options.items():
+            if value is None:
+                continue
+            if name == "json":
+                schema(value, "guided_json")
+            elif name == "choice":
+                if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+                    raise ApiError(400, "a choice needs a list of texts", param="guided_choice")
+                found.append(ConstraintSpec("choice", json.dumps(value)))
+            elif not isinstance(value, str):
+                raise ApiError(400, f"a {name} must be a text", param=f"guided_{name}")
+            else:
+                found.append(ConstraintSpec(name, value))  # type: ignore[arg-type]
+        if len(found) > 1:
+            raise ApiError(400, "only one constraint on the output can be given", param="response_format")
+        return found[0] if found else None
+
+
+_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def openapi() -> dict[str, Any]:
+    """The description of the API, made from the models of its requests."""
+    from pydantic.json_schema import models_json_schema
+
+    kinds: dict[str, type[BaseModel]] = {
+        "/v1/chat/completions": ChatRequest,
+        "/v1/completions": CompletionRequest,
+        "/tokenize": TokenizeRequest,
+        "/detokenize": DetokenizeRequest,
+    }
+    _, schemas = models_json_schema(
+        [(kind, "validation") for kind in kinds.values()], ref_template="#/components/schemas/{model}"
+    )
+    error = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type"],
+                "properties": {
+                    "message": {"type": "string"},
+                    "type": {"type": "string"},
+                    "param": {"type": ["string", "null"]},
+                    "code": {"type": ["string", "null"]},
+                },
+            }
+        },
+    }
+
+    def answers(*statuses: int) -> dict[str, Any]:
+        refused = {"description": "refused", "content": {"application/json": {"schema": error}}}
+        return {"200": {"description": "done"}, **{str(status): refused for status in statuses}}
+
+    paths: dict[str, Any] = {}
+    for path, kind in kinds.items():
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+        paths[path] = {
+            "post": {
+                "requestBody": {"required": True, "content": content},
+                "responses": answers(400, 401, 403, 404, 408, 413, 429, 431, 503),
+            }
+        }
+    for path in (
+        "/health",
+        "/ready",
+        "/metrics",
+        "/version",
+        "/v1/models",
+        "/tokenizer_info",
+        "/openapi.json",
+    ):
+        paths[path] = {"get": {"responses": answers(400, 401, 403, 431, 503)}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "gristmill", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": schemas.get("$defs", {})},
+    }

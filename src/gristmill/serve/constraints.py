@@ -1,0 +1,217 @@
+"""Constraints on the output: JSON, schemas, regular expressions, grammars and choices, through llguidance.
+
+JSON comes compact, without free white space between its parts. What a schema says and llguidance does not
+know is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.engine.request import Constraint
+from gristmill.errors import GristmillError, UsageError
+from gristmill.serve.settings import LIMITS
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+__all__ = ["ConstraintSpec", "ConstraintTokenizer", "Constraints"]
+
+_KEPT = 64
+"""Compiled grammars that are kept."""
+_STEP_FUEL = 400_000
+"""Bounds the work for one token: some tens of milliseconds at most."""
+
+
+class ConstraintTokenizer(Protocol):
+    """What constraints need of a tokenizer."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+
+@dataclass(frozen=True)
+class ConstraintSpec:
+    """What is asked: `text` is a schema, a regular expression, a grammar (Lark or GBNF), a JSON list of
+    choices, or nothing (json_object)."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+    text: str
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it."""
+
+    def __init__(self, tokenizer: ConstraintTokenizer, size: int) -> None:
+        self.eos_token_id = min(tokenizer.eos_token_ids, default=0)
+        self.bos_token_id = None
+        self.special_token_ids = sorted(tokenizer.special_ids | tokenizer.eos_token_ids)
+        special = frozenset(self.special_token_ids)
+        self.tokens = [
+            b"\xff<special_%d>" % token if token in special else _bytes(tokenizer, token)
+            for token in range(size)
+        ]
+        self._encode = tokenizer.encode
+
+    def __call__(self, data: bytes | str) -> list[int]:
+        text = data.decode(errors="replace") if isinstance(data, bytes) else data
+        return self._encode(text, add_special=False)
+
+
+def _bytes(tokenizer: ConstraintTokenizer, token: int) -> bytes:
+    try:
+        return tokenizer.token_bytes(token)
+    except (GristmillError, IndexError, KeyError):
+        return b""  # the model has more rows than its tokenizer tokens
+
+
+class Constraints:
+    """Compiles constraints for one tokenizer. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: ConstraintTokenizer, vocab_size: int) -> None:
+        """vocab_size: columns of the logits. The tables are made on first use: half a second."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._ends = tokenizer.eos_token_ids
+        self._lock = threading.Lock()
+        self._made: Any = None
+        self._kept: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()
+
+    def factory(self, spec: ConstraintSpec) -> Callable[[], Constraint]:
+        """Makes constraints that follow the spec. UsageError if it is not valid or takes too much."""
+        with self._lock:
+            matcher = self._kept.get(spec)
+            if matcher is None:
+                matcher = self._kept[spec] = self._compile(spec)
+                while len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+            else:
+                self._kept.move_to_end(spec)
+        return lambda: _Follower(matcher.deep_copy(), self._ends, self._vocab_size)
+
+    def warm(self) -> None:
+        """Makes the tables that the first constraint would wait for."""
+        self.factory(ConstraintSpec("json_object", ""))
+
+    def check(self, spec: ConstraintSpec) -> None:
+        """Compiles, and computes what may come first. UsageError."""
+        words = np.zeros(-(-self._vocab_size // 32), np.int32)
+        self.factory(spec)().mask(words)
+        if not words.any():
+            raise UsageError("nothing satisfies the constraint on the output")
+
+    def _compile(self, spec: ConstraintSpec) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+        if self._made is None:
+            vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size))
+            ends = sorted(self._ends) or [0]
+            self._made = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=ends)
+        limits = LLParserLimits(step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
+        grammar = _grammar(spec)
+        bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
+        if bad:
+            raise UsageError(_line(messages))
+        matcher = LLMatcher(self._made, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UsageError(_line([matcher.get_error()]))
+        return matcher
+
+
+def _line(messages: Iterable[str]) -> str:
+    text = " ".join(" ".join(messages).split())
+    return f"the constraint on the output is not valid: {text[:300]}"
+
+
+def _grammar(spec: ConstraintSpec) -> str:
+    """The spec in llguidance's own form."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if len(spec.text.encode()) > LIMITS["schema_bytes"]:
+        raise UsageError(f"a constraint on the output may have {LIMITS['schema_bytes']} bytes at most")
+    options: Any = {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "lenient": False,
+    }
+    if spec.kind == "json_object":
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=options)
+    if spec.kind == "json_schema":
+        schema = json.loads(spec.text)
+        if isinstance(schema, dict) and "x-guidance" in schema:
+            raise UsageError("the schema holds x-guidance, which is not supported")
+        try:
+            return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        except ValueError as error:
+            raise UsageError(_line([str(error)])) from None
+    if spec.kind == "regex":
+        return LLMatcher.grammar_from_regex(spec.text)
+    if spec.kind == "choice":
+        choices = json.loads(spec.text)
+        texts = " | ".join(json.dumps(one, ensure_ascii=False) for one in choices if one)
+        if not texts:
+            raise UsageError("a choice needs texts that are not empty")
+        return LLMatcher.grammar_from_lark(f"start: {texts}")
+    text = spec.text
+    if "::=" in text:
+        try:
+            text = gbnf_to_lark(text)
+        except Exception as error:
+            raise UsageError(_line([str(error)])) from None
+    return LLMatcher.grammar_from_lark(text)
+
+
+class _Follower:
+    """One sequence's place in a grammar."""
+
+    def __init__(self, matcher: LLMatcher, ends: frozenset[int], vocab_size: int) -> None:
+        self._matcher = matcher
+        self._ends = ends
+        self._vocab_size = vocab_size
+
+    def mask(self, words: NDArray[np.int32]) -> bool:
+        """See `Constraint`."""
+        if self._matcher.is_stopped():
+            words.fill(0)
+            self._allow_ends(words)
+            return True
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._check()
+        if self._matcher.is_accepting():
+            self._allow_ends(words)
+        return True
+
+    def accept(self, token: int) -> None:
+        """See `Constraint`."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+            self._check()
+
+    def _allow_ends(self, words: NDArray[np.int32]) -> None:
+        bits = words.view(np.uint32)
+        for token in self._ends:
+            if token < self._vocab_size:
+                bits[token // 32] |= np.uint32(1 << token % 32)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GristmillError(
+                f"the constraint on the output cannot be followed: {self._matcher.get_error()[:200]}"
+            )

@@ -1,0 +1,315 @@
+"""A running server: listens, loads the model, watches the engine, and ends as it should."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gristmill.engine.engine import Engine
+from gristmill.errors import GristmillError, UsageError
+from gristmill.serve import logs
+from gristmill.serve.app import Server, make_app
+from gristmill.serve.settings import LIMITS, Settings
+
+__all__ = ["run"]
+
+_WATCH_SECONDS = 0.5
+_STATS_SECONDS = 10.0
+
+
+def run(model: str, settings: Settings, announce: Callable[[str], None]) -> int:
+    """Serves a model until a signal or a failure ends it: the exit status.
+
+    announce: gets the address once the server listens. GristmillError if it cannot listen, or the model
+    cannot be loaded.
+    """
+    logs.set_up(settings.log_format, settings.log_level)
+    # The engine's thread must not wait long for an event loop that has much to say.
+    sys.setswitchinterval(0.0005)
+    listener = _listen(settings)
+    with listener:
+        return asyncio.run(_Run(model, settings, listener, announce).main())
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise GristmillError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, without its own idea of signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _protocol(seconds: float) -> type[H11Protocol]:
+    """HTTP/1.1 whose requests' headers must come in time."""
+
+    class Protocol(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(seconds, self._too_slow)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            waiting = self.conn.their_state is h11.IDLE and (
+                self.cycle is None or self.cycle.response_complete
+            )
+            if not waiting:
+                self._forget()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(seconds, self._too_slow)
+
+        def _forget(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _too_slow(self) -> None:
+            self._timer = None
+            idle = self.conn.their_state is h11.IDLE
+            if idle and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()
+
+    return Protocol
+
+
+class _Run:
+    def __init__(
+        self, model: str, settings: Settings, listener: socket.socket, announce: Callable[[str], None]
+    ) -> None:
+        self._model_name = model
+        self._settings = settings
+        self._listener = listener
+        self._announce = announce
+        self._server = Server(settings, settings.served_model_name or model)
+        self._code = 0
+        self._signals = 0
+        self._stopping = asyncio.Event()
+        self._engine: Engine | None = None
+        self._model: Any = None
+        self._warming: asyncio.Task[None] | None = None
+
+    async def main(self) -> int:
+        from gristmill.serve.page_files import page
+
+        settings = self._settings
+        files, paths = page()
+        config = uvicorn.Config(
+            cast(Any, make_app(self._server, files, paths)),
+            http=_protocol(settings.header_timeout),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=int(max(1, settings.keep_alive_timeout)),
+            limit_concurrency=settings.max_connections,
+            h11_max_incomplete_event_size=LIMITS["header_bytes"],
+            timeout_graceful_shutdown=5,
+            ssl_keyfile=settings.ssl_keyfile,
+            ssl_certfile=settings.ssl_certfile,
+        )
+        http = _Http(config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signal, number)
+        serving = asyncio.create_task(http.serve(sockets=[self._listener]))
+        host, port = self._listener.getsockname()[:2]
+        scheme = "https" if settings.ssl_certfile else "http"
+        self._announce(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+        watching = asyncio.create_task(self._watch())
+        try:
+            try:
+                await self._load()
+            except GristmillError as error:
+                self._server.failed = str(error)
+                raise
+            stopping = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            await self._drain()
+            return self._code
+        finally:
+            watching.cancel()
+            http.should_exit = True
+            with suppress(Exception):
+                await serving
+            await asyncio.to_thread(self._close)
+            if self._server.texts is not None:
+                await self._server.texts.close()  # type: ignore[attr-defined]
+
+    async def _load(self) -> None:
+        """Loads the model beside the event loop."""
+        from gristmill.api import load
+        from gristmill.serve.constraints import Constraints
+        from gristmill.serve.worker import HelperPool
+
+        settings, server = self._settings, self._server
+        began = time.perf_counter()
+
+        def work() -> tuple[Any, Engine]:
+            model = load(
+                self._model_name,
+                weights=settings.weights,
+                activations=settings.activations,
+                kv_dtype=settings.kv_dtype,
+                threads=settings.threads,
+                context=settings.context,
+            )
+            engine = Engine(
+                model,
+                max_sequences=min(settings.max_num_seqs, settings.max_num_batched_tokens - 16),
+                max_step_tokens=settings.max_num_batched_tokens,
+                prompt_tokens=settings.max_prompt_tokens,
+                max_waiting=settings.max_queue,
+                kv_bytes=None if settings.kv_memory is None else settings.kv_memory << 20,
+                kv_placement=settings.kv_placement,
+                prefix_cache=settings.prefix_caching,
+            )
+            return model, engine
+
+        self._model, self._engine = model, engine = await asyncio.to_thread(work)
+        helpers = HelperPool(model.path, model.executor.vocab_size, settings.helpers)
+        server.texts = helpers
+        await helpers.start()
+        server.tokenizer = model.tokenizer
+        server.defaults = model.defaults
+        server.vocab_size = model.executor.vocab_size
+        template = model.chat_template
+        server.chat = template is not None
+        server.reasoning = (
+            settings.reasoning_parser == "think" and template is not None and "<think>" in template.source
+        )
+        constraints = Constraints(model.tokenizer, model.executor.vocab_size)
+        server.constraint = constraints.factory
+        self._warming = asyncio.create_task(asyncio.to_thread(constraints.warm))
+        server.engine = engine
+        # What is there now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        kv = engine.status().kv
+        logs.event(
+            "ready",
+            model=server.name,
+            seconds=round(time.perf_counter() - began, 3),
+            weights=model.weights,
+            activations=model.activations,
+            kv=model.kv_dtype,
+            kv_mib=kv["limit"] >> 20,
+            kv_memory=model.executor.kv_pool.backing,
+            context=engine.context,
+            threads=model.executor.threads,
+        )
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        if self._model is not None:
+            self._model.close()
+
+    def _signal(self, number: int) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(128 + number)
+        self._code = 0 if number == signal.SIGTERM else 130
+        logs.event("stopping", signal=signal.Signals(number).name)
+        self._server.draining = True
+        if self._engine is not None:
+            self._engine.drain()
+        self._stopping.set()
+        if self._server.engine is None:
+            os._exit(self._code)  # still loading: nobody waits for anything
+
+    async def _drain(self) -> None:
+        """Lets what runs finish, for a while."""
+        if self._engine is None or self._code == 1:
+            return
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout):
+                await self._engine.idle()
+        except TimeoutError:
+            left = self._engine.status()
+            logs.event("requests are cut off", logging.WARNING, running=left.running, waiting=left.waiting)
+
+    async def _watch(self) -> None:
+        """Ends the server if the engine stays dead; tells now and then what it does."""
+        dead_since: float | None = None
+        told, last = time.monotonic(), {"prompt_tokens": 0, "generation_tokens": 0}
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if self._engine is None:
+                continue
+            status, now = self._engine.status(), time.monotonic()
+            if status.alive:
+                dead_since = None
+            elif dead_since is None:
+                dead_since = now
+                logs.event("the engine gives no sign of life", logging.ERROR)
+            ended = not self._engine.running
+            if dead_since is not None and (ended or now - dead_since > self._settings.engine_timeout):
+                logs.event("the engine has failed: the server ends", logging.ERROR)
+                if not ended:
+                    os._exit(1)  # its thread will not come back
+                await asyncio.sleep(1)  # clients get their errors
+                self._code = 1
+                self._stopping.set()
+                return
+            if now - told >= _STATS_SECONDS:
+                counts = {name: status.counters.get(name, 0) for name in last}
+                if status.running or counts != last:
+                    logs.event(
+                        "busy",
+                        running=status.running,
+                        waiting=status.waiting,
+                        prompt_tok_s=round(
+                            (counts["prompt_tokens"] - last["prompt_tokens"]) / (now - told), 1
+                        ),
+                        tok_s=round(
+                            (counts["generation_tokens"] - last["generation_tokens"]) / (now - told), 1
+                        ),
+                        kv=f"{status.kv_used:.0%}",
+                        prefix_hits=status.counters.get("prefix_hits", 0),
+                    )
+                told, last = now, counts
+
+
+def check_model(model: object) -> str:
+    """The model to serve. UsageError without one."""
+    if not isinstance(model, str) or not model:
+        raise UsageError("name a model to serve, as an argument or under `model` in the configuration file")
+    return str(Path(model)) if Path(model).exists() else model
