@@ -329,6 +329,10 @@ class Tokenizer:
         spaces = len(whole) - len(whole.lstrip(b" "))
         return whole[min(spaces, self.strip_leading) :].decode("utf-8", "replace")
 
+    def role_token(self, role: str) -> str | None:
+        """The text of the token that the model's files call `eos_token`, `bos_token`, `pad_token`, ..."""
+        return self._texts.get(role)
+
     def token_id(self, text: str) -> int | None:
         """The id of the token with exactly this text in the vocabulary, None if there is none."""
         found = self._backend.token_to_id(text)

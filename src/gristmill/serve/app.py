@@ -52,6 +52,8 @@ class ServedTokenizer(Protocol):
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
 
+    def role_token(self, role: str) -> str | None: ...
+
     @property
     def special_ids(self) -> frozenset[int]: ...
 
@@ -301,21 +303,19 @@ class _Handlers:
         tokenizer = self._server.tokenizer
         assert tokenizer is not None
 
-        def text(name: str) -> str | None:
-            value = getattr(tokenizer, name, None)
-            return tokenizer.token_bytes(value).decode(errors="replace") if isinstance(value, int) else None
-
         ends = sorted(tokenizer.eos_token_ids)
-        end = tokenizer.token_bytes(ends[0]).decode(errors="replace") if ends else None
+        end = tokenizer.role_token("eos_token")
+        if end is None and ends:
+            end = tokenizer.token_bytes(ends[0]).decode(errors="replace")
         await send_json(
             send,
             {
                 "tokenizer_class": type(tokenizer).__name__,
                 "vocab_size": self._server.vocab_size,
                 "eos_token": end,
-                "eos_token_id": ends[0] if ends else None,
-                "bos_token": text("bos_token_id"),
-                "pad_token": end,
+                "eos_token_ids": ends,
+                "bos_token": tokenizer.role_token("bos_token"),
+                "pad_token": tokenizer.role_token("pad_token") or end,
                 "model_max_length": self._server.ready_engine().context,
             },
         )

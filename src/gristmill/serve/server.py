@@ -169,6 +169,7 @@ class _Run:
             http.should_exit = True
             with suppress(Exception):
                 await serving
+            gc.unfreeze()
             await asyncio.to_thread(self._close)
             if self._server.texts is not None:
                 await self._server.texts.close()  # type: ignore[attr-defined]

@@ -256,7 +256,8 @@ def constraint_for(
         }
         for name, schema in functions.items()
     ]
-    schema = json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    schema = json.dumps({"x-guidance": compact, **(calls[0] if len(calls) == 1 else {"anyOf": calls})})
     many = '("\\n" call){0,7}' if parallel else ""
     grammar = f'start: call {many}\ncall: "{_CALL}\\n" body "\\n{_CALL_END}"\nbody: %json {schema}\n'
     return ConstraintSpec("grammar", grammar)
