@@ -80,7 +80,7 @@ class Outcome:
 
 
 class Prompts:
-    """An endless list of requests, drawn from a text by seed: the same for everybody who asks in the same order."""
+    """Endless requests drawn from a text by seed: the same for all who take them in the same order."""
 
     def __init__(self, ids: Sequence[int], seed: int) -> None:
         """ids: the text's tokens."""

@@ -104,13 +104,13 @@ class Fake:
         writer.write(b"0\r\n\r\n")
 
 
-@pytest.fixture()
+@pytest.fixture
 def run():
     with asyncio.Runner(loop_factory=Clock) as runner:
         yield runner.run
 
 
-@pytest.fixture()
+@pytest.fixture
 def asks():
     return load.Prompts(range(100_000), seed=3).take(40)
 
