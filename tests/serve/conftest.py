@@ -23,9 +23,18 @@ class ServerProcess:
     """`gristmill serve` as a user runs it."""
 
     def __init__(
-        self, *arguments: str, cache: Path, env: dict[str, str] | None = None, wait: bool = True
+        self,
+        *arguments: str,
+        cache: Path,
+        env: dict[str, str] | None = None,
+        wait: bool = True,
+        patch: str | None = None,
     ) -> None:
-        command = [sys.executable, "-m", "gristmill", "serve", "--port", "0", *arguments]
+        """patch: Python that runs before the program."""
+        program = ["-m", "gristmill"]
+        if patch is not None:
+            program = ["-c", f"{patch}\nimport sys\nfrom gristmill.cli import main\nmain(sys.argv[1:])"]
+        command = [sys.executable, *program, "serve", "--port", "0", *arguments]
         environment = {**os.environ, "GRISTMILL_CACHE": str(cache), **(env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []

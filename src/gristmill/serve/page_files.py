@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from importlib import resources
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["page"]
@@ -30,12 +31,7 @@ def page() -> tuple[ASGIApp, list[str]]:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         found = files.get(scope["path"])
         if found is None or scope["method"] not in ("GET", "HEAD"):
-            status = 405 if found else 404
-            await send(
-                {"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]}
-            )
-            await send({"type": "http.response.body", "body": b""})
-            return
+            raise HTTPException(405 if found else 404)
         data, kind, tag = found
         given = dict(scope["headers"]).get(b"if-none-match", b"").decode("latin-1")
         status, body = (304, b"") if given == tag else (200, data)
