@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Outcome:
     error: str = ""
     """Why it failed, in one line; empty if it did not."""
     status: int = 0
+    retry_after: str = ""
+    """What a refusal says of when to come again."""
 
     @property
     def ttft(self) -> float:
@@ -168,10 +171,12 @@ async def request(
     *,
     raw: bytes | None = None,
     limit: int = 1 << 20,
+    receive_buffer: int | None = None,
 ) -> AsyncIterator[Response]:
     """Sends a request and gives the answer's head; leaving the block closes the connection.
 
-    payload: sent as JSON; raw: sent as it is, instead. limit: bytes that are read ahead. HttpError, OSError.
+    payload: sent as JSON; raw: sent as it is, instead. limit: bytes read ahead. receive_buffer: bytes
+    that the system may hold for it. HttpError, OSError.
     """
     body = raw if raw is not None else b"" if payload is None else json.dumps(payload).encode()
     lines = [f"{method} {path} HTTP/1.1", f"Host: {address.host}:{address.port}", "Connection: close"]
@@ -179,7 +184,16 @@ async def request(
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     if address.key:
         lines.append(f"Authorization: Bearer {address.key}")
-    reader, writer = await asyncio.open_connection(address.host, address.port, limit=limit)
+    connection = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET)
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, (address.host, address.port))
+    except BaseException:
+        connection.close()
+        raise
+    reader, writer = await asyncio.open_connection(sock=connection, limit=limit)
     try:
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         await writer.drain()
@@ -232,6 +246,7 @@ async def complete(
             outcome.status = response.status
             if response.status != 200:
                 text = (await response.body()).decode("utf-8", "replace")
+                outcome.retry_after = response.headers.get("retry-after", "")
                 outcome.error = f"HTTP {response.status}: {text[:200]}"
                 return outcome
             done = False

@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's API: started, stopped while another has its turn, ended with what they started."""
+"""Servers that speak OpenAI's API: started, stopped while another has its turn, ended with their children."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,12 @@ def _vllm() -> Kind:
 
 def _have(file: str, say: Say) -> None:
     ensure_file(file, say)
+
+
+def gristmill(mode: str, *flags: str) -> Kind:
+    """gristmill's server with these weights and further flags."""
+    plain = _gristmill(mode)
+    return replace(plain, command=lambda port, threads: [*plain.command(port, threads), *flags])
 
 
 def kinds() -> list[Kind]:

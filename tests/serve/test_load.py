@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import selectors
 import sys
 from collections import Counter
@@ -24,11 +25,15 @@ class NoWait(selectors.DefaultSelector):
     now = 0.0
 
     def select(self, timeout=None):
-        # What is under way between two sockets of this machine needs a moment that is no delay.
-        ready = super().select(0) or super().select(0.0005)
-        if not ready and timeout:
-            self.now += timeout
-        return ready
+        # What is under way between two sockets of this machine may need a moment that is no delay.
+        for _ in range(3):
+            if ready := super().select(0):
+                return ready
+            os.sched_yield()
+        if timeout is None:
+            return super().select(0.001)
+        self.now += timeout
+        return []
 
 
 class Clock(asyncio.SelectorEventLoop):
