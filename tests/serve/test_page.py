@@ -146,7 +146,7 @@ def fake() -> Iterator[FakeServer]:
     server.stop()
 
 
-# ---- the files -------------------------------------------------------------------------------------------------
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 def test_files_and_headers(fake: FakeServer) -> None:
@@ -173,14 +173,14 @@ def test_files_and_headers(fake: FakeServer) -> None:
     used = set(re.findall(r'(?:src|href)="(page/[^"]+)"', texts["/"]))
     for path, text in texts.items():
         used |= {f"page/{name}" for name in re.findall(r'from "\./([^"]+)"', text)}
-        text = text.replace("http://www.w3.org/2000/svg", "")
-        assert not re.findall(r"(?:https?:)?//[a-z][\w-]*\.[a-z]+", text), path
+        own = text.replace("http://www.w3.org/2000/svg", "")
+        assert not re.findall(r"(?:https?:)?//[a-z][\w-]*\.[a-z]+", own), path
         assert "innerHTML" not in text
         assert "insertAdjacentHTML" not in text
     assert {f"/{one}" for one in used} | {"/"} == set(fake.paths)
 
 
-# ---- in a browser ----------------------------------------------------------------------------------------------
+# ---- in a browser ------------------------------------------------------------------------------------------
 
 
 def chromium_path(own: str) -> str | None:
@@ -528,7 +528,9 @@ def test_chats_are_listed_opened_deleted_and_bounded(open_page: Any, fake: FakeS
         const { saveChat } = await import('/page/store.js');
         const text = 'x'.repeat(100000);
         for (let i = 0; i < 60; i += 1)
-            saveChat({ id: `c${i}`, updated: i, messages: [{ role: 'user', content: i < 30 ? 'small' : text }] });
+            saveChat({
+                id: `c${i}`, updated: i, messages: [{ role: 'user', content: i < 30 ? 'small' : text }],
+            });
     }""")
     page.reload()
     names = page.locator(".chat-name")
@@ -616,7 +618,8 @@ def test_nothing_is_wider_than_the_window(open_page: Any, width: int) -> None:
     done(page)
     wide = """() => [...document.querySelectorAll('body *')]
         .filter((one) => one.clientWidth && one.getBoundingClientRect().right > innerWidth + 1)
-        .filter((one) => !one.closest('pre, .table, .hidden, .skip')).map((one) => one.tagName + one.className)"""
+        .filter((one) => !one.closest('pre, .table, .hidden, .skip'))
+        .map((one) => one.tagName + one.className)"""
     assert page.evaluate(wide) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.get_by_role("button", name="Settings").click()
@@ -652,7 +655,8 @@ def test_the_reader_is_taken_along_unless_away(open_page: Any) -> None:
 
 def test_events_are_read_wherever_they_are_cut(open_page: Any) -> None:
     page = open_page()
-    text = "data: one\n\n: no\n\ndata:two\r\ndata: 2\r\n\r\nid: 3\rdata: é\r\r\nevent: x\n\ndata: five\n\ndata: half"
+    text = "data: one\n\n: no\n\ndata:two\r\ndata: 2\r\n\r\nid: 3\rdata: é\r\r\n"
+    text += "event: x\n\ndata: five\n\ndata: half"
     found = page.evaluate(
         """async (text) => {
         const { EventParser } = await import('/page/events.js');
@@ -678,7 +682,8 @@ def test_events_are_read_wherever_they_are_cut(open_page: Any) -> None:
         ("snake_case_name ***x***", "<p>snake_case_name <em><strong>x</strong></em></p>"),
         ("``a`b`` `open", "<p><code>a`b</code> `open</p>"),
         ("# One\ntext\n---", "<h3>One</h3><p>text</p><hr>"),
-        ("- a\n- b\n  - c\n\n1. x\n2. y", "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>x</li><li>y</li></ul>"),
+        ("- a\n- b\n  1. c\n\n- d", '<ul><li>a</li><li>b<ol start="1"><li>c</li></ol></li><li>d</li></ul>'),
+        ("- a\n\n1. x\n2. y", '<ul><li>a</li></ul><ol start="1"><li>x</li><li>y</li></ol>'),
         ("3. x\n   more\n4. y", '<ol start="3"><li>x\nmore</li><li>y</li></ol>'),
         ("> a\n> - b", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>"),
         (
@@ -713,8 +718,9 @@ def test_code_blocks(open_page: Any) -> None:
             return [...container.querySelectorAll('.code')].map(
                 (one) => [one.querySelector('span').textContent, one.querySelector('code').textContent]);
         };
-        return [show('x\\n```python\\na = "```"\\n\\n  b\\n```\\ny'), show('~~~\\n```\\n~~~'), show('```c\\nopen'),
-            show('1. x\\n   ```sh\\n   ls\\n     -l\\n   ```\\n2. y'), show('```not code``` here')];
+        return [show('x\\n```python\\na = "```"\\n\\n  b\\n```\\ny'), show('~~~\\n```\\n~~~'),
+            show('```c\\nopen'), show('1. x\\n   ```sh\\n   ls\\n     -l\\n   ```\\n2. y'),
+            show('```not code``` here')];
     }""")
     assert found == [
         [["python", 'a = "```"\n\n  b']],
@@ -730,7 +736,9 @@ def test_degenerate_texts_do_not_hang_the_page(open_page: Any) -> None:
     lengths = page.evaluate("""async () => {
         const { Markdown } = await import('/page/markdown.js');
         const n = 100000;
-        return ['*', '`', '~', '#', '>', '> ', '- ', '[', '[a](', '**a ', '*a', '|', '|-', '\\\\', '1. ', '  ', '`a``b'].map(
+        const units = ['*', '`', '~', '#', '>', '> ', '- ', '[', '[a](', '**a ', '*a', '|', '|-', '\\\\',
+            '1. ', '  ', '`a``b'];
+        return units.map(
             (one) => {
                 const container = document.createElement('div');
                 new Markdown(container).show(one.repeat(n) + 'x');

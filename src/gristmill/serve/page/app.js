@@ -172,7 +172,6 @@ async function ask() {
     stream_options: { include_usage: true, continuous_usage_stats: true },
     ...settings.sampling(),
   };
-  if (model) request.model = model;
   const answer = { role: "assistant", content: "", reasoning: "", state: "running", error: null };
   one.messages.push(answer);
   const control = new AbortController();
@@ -210,6 +209,8 @@ async function ask() {
     updateView(answer);
   };
   try {
+    if (model === null) await loadModel();
+    request.model = model;
     for await (const chunk of api.chat(request, control.signal)) {
       if (chunk.usage) usage = chunk.usage;
       const choice = chunk.choices?.[0];

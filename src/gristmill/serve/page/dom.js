@@ -1,11 +1,11 @@
-/** An element with properties and children; texts become text nodes, never markup. */
+/** An element with properties and children (nodes, texts, arrays of them); texts become text nodes, never markup. */
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (name in made) made[name] = value;
     else made.setAttribute(name, value);
   }
-  made.append(...children);
+  for (const child of children.flat()) made.append(child); // spreading many would overflow the stack
   return made;
 }
 

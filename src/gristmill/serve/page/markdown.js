@@ -51,6 +51,12 @@ const isTable = (lines, at) => {
   return lines[at].includes("|") && TABLE_RULE.test(next) && next.includes("-") && next.includes("|");
 };
 
+/** Whether a line begins a list of the other sort than the one whose first line matched ITEM. */
+const isOtherList = ([, indent, mark], line) => {
+  const match = ITEM.exec(line);
+  return match !== null && match[1].length <= indent.length + 1 && /\d/.test(mark) !== /\d/.test(match[2]);
+};
+
 const startsBlock = (line) =>
   fenceOf(line) !== null || HEADING.test(line) || RULE.test(line) || ITEM.test(line) || QUOTE.test(line);
 
@@ -84,11 +90,12 @@ function split(lines) {
       at += 1;
     } else if (QUOTE.test(line)) {
       take("quote", (next) => QUOTE.test(next));
-    } else if (ITEM.test(line)) {
+    } else if ((match = ITEM.exec(line))) {
       // A blank line stays inside where an item or an indented line follows.
       take("list", (next) =>
         next.trim()
-          ? ITEM.test(next) || /^\s{2,}/.test(next) || (lines[at - 1].trim() !== "" && !startsBlock(next))
+          ? !isOtherList(match, next) &&
+            (ITEM.test(next) || /^\s{2,}/.test(next) || (lines[at - 1].trim() !== "" && !startsBlock(next)))
           : ITEM.test(lines[at + 1] ?? "") || /^\s{2,}\S/.test(lines[at + 1] ?? ""),
       );
     } else if (isTable(lines, at)) {
@@ -111,17 +118,17 @@ function render({ kind, lines, word }, depth) {
     case "code":
       return code(lines.join("\n"), word);
     case "heading":
-      return element(`h${Math.min(6, word + 2)}`, {}, ...inline(lines[0], 0));
+      return element(`h${Math.min(6, word + 2)}`, {}, inline(lines[0], 0));
     case "rule":
       return element("hr");
     case "quote":
-      return element("blockquote", {}, ...nested(lines.map((line) => QUOTE.exec(line)[1]), depth));
+      return element("blockquote", {}, nested(lines.map((line) => QUOTE.exec(line)[1]), depth));
     case "list":
       return list(lines, depth);
     case "table":
       return table(lines);
     default:
-      return element("p", {}, ...inline(lines.join("\n"), 0));
+      return element("p", {}, inline(lines.join("\n"), 0));
   }
 }
 
@@ -156,7 +163,7 @@ function list(lines, depth) {
     const [first, ...rest] = split(item.lines);
     const children = first?.kind === "paragraph" ? inline(first.lines.join("\n"), 0) : [];
     if (first && !children.length) rest.unshift(first);
-    made.append(element("li", {}, ...children, ...rest.map((block) => render(block, depth + 1))));
+    made.append(element("li", {}, children, rest.map((block) => render(block, depth + 1))));
   }
   return made;
 }
@@ -168,9 +175,9 @@ function table(lines) {
       .replace(/^\||\|$/g, "")
       .split(/(?<!\\)\|/)
       .map((cell) => inline(cell.trim().replaceAll("\\|", "|"), 0));
-  const row = (line, tag) => element("tr", {}, ...cells(line).map((cell) => element(tag, {}, ...cell)));
+  const row = (line, tag) => element("tr", {}, cells(line).map((cell) => element(tag, {}, cell)));
   const head = element("thead", {}, row(lines[0], "th"));
-  const body = element("tbody", {}, ...lines.slice(2).map((line) => row(line, "td")));
+  const body = element("tbody", {}, lines.slice(2).map((line) => row(line, "td")));
   return element("div", { className: "table", tabIndex: 0 }, element("table", {}, head, body));
 }
 
@@ -204,7 +211,7 @@ function inline(text, depth) {
         put(element("code", {}, padded ? body.slice(1, -1) : body), end + length);
       } else {
         const inner = inline(body, depth + 1);
-        const node = length === 1 ? element("em", {}, ...inner) : element("strong", {}, ...inner);
+        const node = length === 1 ? element("em", {}, inner) : element("strong", {}, inner);
         put(length === 3 ? element("em", {}, node) : node, end + length);
       }
     } else if (char === "[" && text[at - 1] !== "!") {

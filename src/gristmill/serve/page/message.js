@@ -64,6 +64,7 @@ export class MessageView {
     if (error) this.errorText.textContent = error;
     this.copy.hidden = this.again.hidden = running;
     if (!content) this.copy.hidden = true;
+    if (error) this.again.hidden = true; // it has a button of its own
     const notes = stats ? [figures(stats)] : [];
     if (state === "stopped") notes.push("stopped");
     if (finish === "length") notes.push("cut at the most tokens");
