@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from gristmill.api import ChatSession, Model, load
+    from gristmill.engine.engine import Engine
+    from gristmill.engine.request import Output, Request
     from gristmill.engine.result import Chunk, Result, Timings, TokenLogprob
     from gristmill.engine.sampling import SamplingParams
     from gristmill.errors import (
@@ -36,10 +38,13 @@ _HOMES = {
     "Cancelled": "gristmill.errors",
     "ChatSession": "gristmill.api",
     "Chunk": "gristmill.engine.result",
+    "Engine": "gristmill.engine.engine",
     "GristmillError": "gristmill.errors",
     "Model": "gristmill.api",
     "ModelError": "gristmill.errors",
+    "Output": "gristmill.engine.request",
     "Recipe": "gristmill.methods.recipe",
+    "Request": "gristmill.engine.request",
     "Result": "gristmill.engine.result",
     "SamplingParams": "gristmill.engine.sampling",
     "TemplateError": "gristmill.errors",
@@ -57,10 +62,13 @@ __all__ = [
     "Cancelled",
     "ChatSession",
     "Chunk",
+    "Engine",
     "GristmillError",
     "Model",
     "ModelError",
+    "Output",
     "Recipe",
+    "Request",
     "Result",
     "SamplingParams",
     "TemplateError",
