@@ -166,7 +166,8 @@ def test_files_and_headers(fake: FakeServer) -> None:
         assert (again.status_code, again.content) == (304, b"")
         head = httpx.head(fake.url + path)
         assert (head.status_code, head.content) == (200, b"")
-        assert httpx.post(fake.url + path).status_code == 405
+        posted = httpx.post(fake.url + path)
+        assert (posted.status_code, posted.headers["allow"]) == (405, "GET, HEAD")
     assert httpx.get(f"{fake.url}/page/../page_files.py").status_code == 404
     assert httpx.get(f"{fake.url}/page/").status_code == 404
     # Everything that is referred to is there, and nothing of another host is.
@@ -334,7 +335,7 @@ def test_an_error_is_shown_in_line_and_tried_again(open_page: Any, fake: FakeSer
     page = open_page()
     ask(page, "fail")
     error = answer(page).locator(".error")
-    expect(error).to_contain_text("the queue is <b>full</b> The server says to wait 4 s.")
+    expect(error).to_contain_text("the queue is <b>full</b>. The server says to wait 4 s.")
     expect(page.locator("#status")).to_contain_text("the queue is")
     page.reload()
     expect(error).to_contain_text("the queue is")
@@ -396,13 +397,13 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(open_page: Any, fake: Fake
     fake.key = "sesame"
     page = open_page()
     expect(page.locator("#key")).to_be_focused()
-    expect(page.locator("#key-text")).to_contain_text("an API key is needed")
+    expect(page.locator("#key-text")).to_contain_text("This server wants an API key.")
     polls = fake.polls
     page.wait_for_timeout(2500)
     assert fake.polls == polls  # without a key it is not asked in vain
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#key")).to_be_focused()
+    expect(page.locator("#key-text")).to_contain_text("The server does not take this API key.")
     page.locator("#input").focus()
     ask(page, "hello")
     expect(answer(page).locator(".error p")).to_have_text("an API key is needed")

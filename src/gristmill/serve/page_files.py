@@ -31,16 +31,18 @@ def page() -> tuple[ASGIApp, list[str]]:
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         found = files.get(scope["path"])
         if found is None or scope["method"] not in ("GET", "HEAD"):
-            raise HTTPException(405 if found else 404)
+            raise HTTPException(405, headers={"allow": "GET, HEAD"}) if found else HTTPException(404)
         data, kind, tag = found
         given = dict(scope["headers"]).get(b"if-none-match", b"").decode("latin-1")
         status, body = (304, b"") if given == tag else (200, data)
         headers = {
             "content-type": f"{kind}; charset=utf-8",
-            "content-length": str(len(body)),
+            "content-length": str(len(data)),
             "content-security-policy": _POLICY,
             "x-content-type-options": "nosniff",
             "referrer-policy": "no-referrer",
+            "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin",
             "cache-control": "no-cache",
             "etag": tag,
         }

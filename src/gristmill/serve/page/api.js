@@ -16,6 +16,8 @@ export function setKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
+export const hasKey = () => Boolean(sessionStorage.getItem(KEY));
+
 /** The response, if it is a success. Throws ApiFailure, and AbortError where the signal says so. */
 async function call(path, { body, signal } = {}) {
   const headers = {};

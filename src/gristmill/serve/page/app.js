@@ -237,8 +237,8 @@ async function ask() {
     } else {
       answer.state = "failed";
       answer.error = error instanceof api.ApiFailure ? error.message : `The page failed: ${error.message}`;
-      if (error.retryAfter) answer.error += ` The server says to wait ${error.retryAfter} s.`;
-      if (error.status === 401) askForKey(error.message);
+      if (error.retryAfter) answer.error = `${answer.error.replace(/\.?$/, ".")} The server says to wait ${error.retryAfter} s.`;
+      if (error.status === 401) askForKey();
     }
   }
   runs.delete(one.id);
@@ -254,7 +254,8 @@ async function ask() {
 
 // ---- the server ------------------------------------------------------------------------------------------
 
-function askForKey(why) {
+function askForKey() {
+  const why = api.hasKey() ? "The server does not take this API key." : "This server wants an API key.";
   byId("key-text").textContent = `${why} It is kept until this tab is closed.`;
   if (!byId("key-form").hidden) return;
   byId("key-form").hidden = false;
@@ -300,7 +301,7 @@ async function poll() {
   } catch (error) {
     if (error.status === 401) {
       state = "key wanted";
-      askForKey(error.message);
+      askForKey();
     }
     byId("figures").hidden = true;
   }
