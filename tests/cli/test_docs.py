@@ -29,6 +29,7 @@ def meaning(option: click.Option) -> str:
 
 
 def options(command: click.Command) -> dict[str, str]:
+    command.get_params(click.Context(command))  # `serve` reads its options when it is used
     return {spelling(p): meaning(p) for p in command.params if isinstance(p, click.Option)}
 
 
