@@ -66,6 +66,11 @@ class _Job:
         """Whether the consumer was woken since it last looked."""
         self.error: GristmillError | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it was computed."""
+        return any(one.view is not None or one.token_ids for one in self.sequences)
+
     def put(self, output: Output) -> None:
         with self.lock:
             before = self.outputs.get(output.index)
@@ -160,7 +165,6 @@ class Engine:
         self._progress = 0
         self._working = False
         self._counters: Counter[str] = Counter()
-        self._waiting_tokens = 0
         self._numbers = itertools.count()
         self._rate = 0.0
         """Requests that end in a second, lately."""
@@ -259,7 +263,7 @@ class Engine:
             draining=self._draining,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            waiting_tokens=self._waiting_tokens,
+            waiting_tokens=self._waiting()[1],
             max_sequences=self.max_sequences,
             context=self.context,
             kv_used=min(1.0, max(0, used - idle) / self._kv.limit),
@@ -318,13 +322,12 @@ class Engine:
             raise UsageError(f"n must be a whole number between 1 and {MAX_N}, not {request.n!r}"[:120])
         if request.id in self._jobs:
             raise UsageError(f"the request id {request.id[:80]!r} is in use")
-        # What runs has a place; the others wait.
-        waiting = len(self._jobs) - len(self._scheduler.running)
+        waiting, waiting_tokens = self._waiting()
         if waiting >= self.max_waiting + max(0, self.max_sequences - len(self._scheduler.running)):
             raise QueueFull(f"{waiting} requests are waiting", self._retry_after())
         tokens = len(request.prompt)
-        if self._waiting_tokens and self._waiting_tokens + tokens > self.max_waiting_tokens:
-            raise QueueFull(f"{self._waiting_tokens} prompt tokens are waiting", self._retry_after())
+        if waiting and waiting_tokens + tokens > self.max_waiting_tokens:
+            raise QueueFull(f"{waiting_tokens} prompt tokens are waiting", self._retry_after())
         if request.params.max_tokens != 0 and tokens == self.context:
             raise ContextLengthExceeded(tokens, self.context)
         started = time.perf_counter()
@@ -345,9 +348,13 @@ class Engine:
         job = _Job(request, sequences, wake)
         job.loop = loop
         self._jobs[request.id] = job
-        self._waiting_tokens += tokens
         self._command(lambda: self._add(job))
         return job
+
+    def _waiting(self) -> tuple[int, int]:
+        """Requests that have not begun, and the tokens of their prompts."""
+        jobs = [job for job in list(self._jobs.values()) if not job.begun]
+        return len(jobs), sum(len(job.request.prompt) for job in jobs)
 
     def _retry_after(self) -> float:
         """Seconds after which a place is likely to be free, from the rate at which requests have ended."""
@@ -421,7 +428,6 @@ class Engine:
                 self._condition.wait(0.5)
 
     def _add(self, job: _Job) -> None:
-        self._waiting_tokens -= len(job.request.prompt)
         if job.request.id not in self._jobs:
             return
         first = job.sequences[0]
