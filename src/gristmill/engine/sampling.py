@@ -198,9 +198,9 @@ def _stops(value: object) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else None
     if items is None or not all(isinstance(item, str) for item in items):
         raise UsageError(f"stop must be a string or several, not {_shown(value)}")
-    if len(items) > MAX_STOPS:
-        raise UsageError(f"stop may hold at most {MAX_STOPS} strings, not {len(items)}")
     stops = tuple(dict.fromkeys(items))
+    if len(stops) > MAX_STOPS:
+        raise UsageError(f"stop may hold at most {MAX_STOPS} strings, not {len(stops)}")
     for stop in stops:
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise UsageError(f"a stop string must have 1 to {MAX_STOP_CHARS} characters, not {len(stop)}")

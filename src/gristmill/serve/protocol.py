@@ -7,7 +7,7 @@ What is not known at all is taken and counted: clients send extras.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,7 +47,7 @@ class _Sampling(BaseModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=LIMITS["stop"])] | None = None
     stop_token_ids: list[int] | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
