@@ -100,6 +100,7 @@ def _vllm() -> Kind:
             *("--model", str(path_of("smollm2/hf"))),
             *("--served-model-name", DEMO, "--host", "127.0.0.1", "--port", str(port)),
             *("--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_USERS)),
+            "--disable-uvicorn-access-log",
         ]
 
     def environment(threads: int) -> dict[str, str]:
