@@ -231,6 +231,11 @@ FrameRef KvPool::take(size_t range) {
   return frame;
 }
 
+void KvPool::unsee(size_t range, const KvFrame& frame) const {
+  if (placement_ == KvPlacement::kTable) return;
+  madvise(frame.data(), static_cast<size_t>(ranges_[range].frame_bytes), MADV_DONTNEED);
+}
+
 void KvPool::map(size_t range, char* at, const KvFrame* frame, bool replaces) {
   const Store& s = stores_[range];
   const auto bytes = static_cast<size_t>(ranges_[range].frame_bytes);
@@ -356,7 +361,11 @@ void KvView::prepare(int64_t tokens) {
       const FrameRef& frame = parts_[r].frames[static_cast<size_t>(s)];
       if (!writable(frame, s)) {
         FrameRef fresh = pool_->take(r);
-        if (frame != nullptr) copy_tokens(r, *frame, *fresh, within(own, s));
+        if (frame != nullptr) {
+          copy_tokens(r, *frame, *fresh, within(own, s));
+          pool_->unsee(r, *frame);
+          pool_->unsee(r, *fresh);
+        }
         put(r, s, std::move(fresh));
       }
     }

@@ -140,6 +140,9 @@ class KvPool : public std::enable_shared_from_this<KvPool> {
 
   // Throws KvExhausted.
   FrameRef take(size_t range);
+  // Mapped: takes the pool's own view of a frame, through which it was copied, out of the page tables, so
+  // that it does not count as this process's memory any longer.
+  void unsee(size_t range, const KvFrame& frame) const;
   // Maps a frame at an address, in place of another one or not, or (null) takes away what is mapped there.
   // Throws KvExhausted.
   void map(size_t range, char* at, const KvFrame* frame, bool replaces);

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -454,6 +456,7 @@ def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
     help="With --program: a step of this many sequences x tokens held. [default: 1x512]",
 )
 @click.option("--prefill", type=int, help="With --program: a step of a prompt of this many tokens.")
+@click.option("--verify", is_flag=True, help="Compare every tensor of a checkpoint with its hash first.")
 @click.option(
     "--kv-dtype",
     type=click.Choice(KV_DTYPES),
@@ -470,6 +473,7 @@ def inspect(
     decode: tuple[tuple[int, int], ...] | None,
     prefill: int | None,
     kv_dtype: str | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Show what MODEL is, or its program.
@@ -482,6 +486,8 @@ def inspect(
 
     if not program and (layers or decode is not None or prefill is not None):
         raise UsageError("--layers, --decode and --prefill go with --program")
+    if program and verify:
+        raise UsageError("--verify goes without --program")
     if decode is not None and (len(decode) != 1 or prefill is not None):
         raise UsageError("--program shows one step: give one --decode shape or one --prefill length")
     with Bar() as bar:
@@ -496,7 +502,7 @@ def inspect(
                 progress=bar,
             )
         else:
-            found = inspection.run(model, weights=weights, progress=bar)
+            found = inspection.run(model, weights=weights, verify=verify, progress=bar)
     if as_json:
         output.show_json(found)
     else:
@@ -580,8 +586,13 @@ def compress(*, model: str, recipe: str, out: str, no_evaluate: bool, as_json: b
     from gristmill.terminal import recipes
 
     with Bar() as bar:
+        began = time.perf_counter()
         report = run(model, recipe, out, evaluate=not no_evaluate, progress=bar)
-    shown = {key: value for key, value in report.items() if key != "sha256"} | {"out": str(out)}
+    shown = {key: value for key, value in report.items() if key != "sha256"} | {
+        "out": str(out),
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     output.show_json(shown) if as_json else output.show(recipes.compressed_table(shown))
 
 

@@ -32,11 +32,18 @@ class Tensor:
     nbytes: int
 
 
-def run(model: str | Path, *, weights: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    model: str | Path,
+    *,
+    weights: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """A model as plain JSON data, without running it.
 
     weights: None reads the model as it is; a mode (`stored`, `int4`, ...) its converted form, which is made
-    if it is not in the cache yet.
+    if it is not in the cache yet. verify: compare the tensors of a checkpoint with the hashes written beside
+    them; the result then has `verified`, how many there were.
 
     Returns model, kind (gguf, hf, checkpoint), name, files, architecture, supported (and reason, if not),
     config (sizes; None if not supported), parameters, weight_bytes, bits_per_weight (over the matrices),
@@ -48,6 +55,13 @@ def run(model: str | Path, *, weights: str | None = None, progress: Progress | N
     from gristmill.io import hub
 
     source = hub.resolve(_converted(model, weights, progress) if weights is not None else model)
+    checked: dict[str, int] = {}
+    if verify:
+        if source.kind != "checkpoint":
+            raise UsageError("only checkpoint directories hold hashes to verify against")
+        from gristmill.io.checkpoint import Checkpoint
+
+        checked["verified"] = Checkpoint.open(source.path).verify()
     found = {"gguf": _gguf, "hf": _huggingface, "checkpoint": _checkpoint}[source.kind](source)
     tensors: Sequence[Tensor] = found.pop("tensors")
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
@@ -56,6 +70,7 @@ def run(model: str | Path, *, weights: str | None = None, progress: Progress | N
     return {
         "model": str(model),
         "kind": source.kind,
+        **checked,
         **found,
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in source.files],
         "supported": reason is None,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
 from gristmill.errors import ModelError, UsageError
@@ -114,6 +115,17 @@ def test_tampering_is_found(small: Path, tmp_path: Path) -> None:
     (out / "program.json").write_text(text.replace('"bits":[6]', '"bits":[5]'))
     with pytest.raises(ModelError, match=r"program\.json is not what was written"):
         Checkpoint.open(out).verify()
+    with pytest.raises(ModelError, match=r"program\.json is not what was written"):
+        inspect.run(out, verify=True)
+    (out / "program.json").write_text(text)
+    assert inspect.run(out, verify=True)["verified"] > 10
+    with pytest.raises(UsageError, match="only checkpoint directories"):
+        inspect.run(small, verify=True)
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match=r"the tensor .* is not what was written"):
+        inspect.run(out, verify=True)
     for damaged in (
         "{}",
         "[",

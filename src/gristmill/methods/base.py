@@ -53,6 +53,10 @@ class Method(ABC, Generic[Chosen]):
     calibrated: ClassVar[bool] = False
     """Whether it runs the model over calibration text (and so needs PyTorch)."""
 
+    def reads_text(self, options: Chosen) -> bool:
+        """Whether it does so with these options."""
+        return self.calibrated
+
     @abstractmethod
     def slots(self, options: Chosen) -> Sequence[str]:
         """The slots that it fills on the tensors it is applied to."""

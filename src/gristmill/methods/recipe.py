@@ -160,7 +160,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether some method runs the model over calibration text."""
-        return any(entry.method.calibrated for entry in self.entries)
+        return any(entry.method.reads_text(entry.options) for entry in self.entries)
 
     def plan(self, program: Program) -> list[list[str]]:
         """The tensors of every entry; UsageError, naming both methods and the lines, for a conflict.

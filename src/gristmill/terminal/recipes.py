@@ -21,6 +21,7 @@ def compressed_table(report: Mapping[str, Any]) -> RenderableType:
         table.add_row("calibrated on", f"{text['tokens']} tokens of {text['text']}")
     table.add_row("bits per weight", f"{report['bits_per_weight']:.2f}")
     table.add_row("size", size(report["weight_bytes"]))
+    table.add_row("took", f"{report['seconds']:.0f} s, {size(report['peak_rss_bytes'])} of memory at most")
     for note in report["notes"]:
         table.add_row("note", note)
     if quality := report.get("quality"):
@@ -44,7 +45,7 @@ def methods_table(listing: Sequence[Mapping[str, Any]]) -> RenderableType:
                 f"{found['kl_mean']:.4g}",
                 f"{found['decode_ratio']:.2f}x",
                 f"{found['prefill_ratio']:.2f}x",
-                f"yes, {found['commit'][:8]}",
+                f"yes: {found['recipe']}, {found['commit'][:8]}",
             )
         table.add_row(entry["name"], entry["title"], ", ".join(entry["slots"]), *figures, entry["paper"])
     return table

@@ -260,3 +260,19 @@ def test_refused() -> None:
     Recipe.from_yaml("methods:\n- method: rtn\n- {method: comet, weight_bits: null, permute: false}").plan(
         program
     )
+
+
+def test_keys_and_values_in_four_bits(tmp_path: Path) -> None:
+    draft = draft_of("llama-smollm2", tmp_path)
+    apply(draft, kv=True)
+    formats = {n.attributes["kv_format"] for n in draft.program.nodes if n.op == "attention"}
+    assert formats == {"int4-channel"}
+    assert "kv_format" in METHOD.slots(CometOptions(kv=True))
+    with pytest.raises(UsageError, match="sliding window"):
+        apply(draft_of("gemma3-linear", tmp_path), kv=True)
+    both = (
+        "methods:\n- method: fireq\n  activations: false\n"
+        "- method: comet\n  kv: true\n  weight_bits: null\n  permute: false\n"
+    )
+    with pytest.raises(UsageError, match=r"comet and fireq .* both fill the slot kv_format"):
+        Recipe.from_yaml(both).plan(draft_of("llama", tmp_path).program)

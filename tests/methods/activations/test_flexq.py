@@ -245,3 +245,9 @@ def test_weights_of_another_method(small: Path, tmp_path: Path) -> None:
     assert set(bits_of(tmp_path / "out").values()) == {6}
     made = Checkpoint.open(tmp_path / "out")
     assert {made.specs[n].bits for n in linear_weights(made.program())} == {3}
+
+
+def test_only_the_analysis_reads_text() -> None:
+    for sensitive in ("analysis", "down", "none"):
+        recipe = Recipe.from_yaml(f"methods:\n- method: flexq\n  sensitive: {sensitive}\n")
+        assert recipe.calibrated == (sensitive == "analysis")

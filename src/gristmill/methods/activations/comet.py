@@ -13,7 +13,8 @@ from gristmill.formats import group_int
 from gristmill.methods.activations.round_activations import inputs_of, width_of
 from gristmill.methods.base import Method, Options
 from gristmill.methods.draft import Draft
-from gristmill.program.edits import round_inputs
+from gristmill.program.edits import keep_keys, round_inputs
+from gristmill.program.kv import kv_formats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ class CometOptions(Options):
     large a part of every input's blocks, rounded to nearest; or, with `budget`, as few as leave an error of
     the linears' outputs of at most so much of their norm (over the first `tokens` tokens). permute false
     leaves the channels in their order: the same blocks of 8 bits then hold whatever lies beside an outlier.
+    kv: keys and values in 4 bits, by channel (KV4).
     """
 
     weight_bits: Literal[2, 3, 4, 5, 6, 8] | None = 4
@@ -40,6 +42,7 @@ class CometOptions(Options):
     share: Annotated[float, Field(ge=0, le=1)] | None = None
     budget: Annotated[float, Field(gt=0)] | None = None
     tokens: Annotated[int, Field(ge=2, le=1 << 16)] = 1024
+    kv: bool = False
 
     @model_validator(mode="after")
     def _one_rule(self) -> CometOptions:
@@ -61,7 +64,7 @@ class Comet(Method[CometOptions]):
         """The columns' order, the inputs, and the weights unless they are left to another method."""
         order = ("permutation",) if options.permute else ()
         weights = () if options.weight_bits is None else ("rounding", "weight_format")
-        return (*order, *weights, "activation_encoding")
+        return (*order, *weights, "activation_encoding", *(("kv_format",) if options.kv else ()))
 
     def apply(self, draft: Draft, options: CometOptions, tensors: Sequence[str]) -> None:
         """Chooses orders and widths on the model as it stands, changes the program, packs the weights."""
@@ -99,6 +102,10 @@ class Comet(Method[CometOptions]):
                     ),
                 )
                 draft.progress("rounding", i + 1, len(tensors))
+        if options.kv:
+            attention = [node.name for node in draft.program.nodes if node.op == "attention"]
+            draft.edit(keep_keys(draft.program, attention, kv_format="int4-channel"))
+            kv_formats(draft.program)  # a sliding window cannot be kept so
 
 
 def _foldable(program: Program, source: str, nodes: Sequence[Node], tensors: Sequence[str]) -> list[str]:

@@ -53,6 +53,10 @@ class Flexq(Method[FlexqOptions]):
     options = FlexqOptions
     calibrated = True
 
+    def reads_text(self, options: FlexqOptions) -> bool:
+        """The analysis does, nothing else."""
+        return options.sensitive == "analysis"
+
     def slots(self, options: FlexqOptions) -> Sequence[str]:
         """The inputs, and the weights unless they are left to another method."""
         weights = () if options.weight_bits is None else ("rounding", "weight_format")
