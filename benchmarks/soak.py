@@ -506,10 +506,19 @@ async def burst(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
             found = load.figures(run)
             say(f"{users} users: {found['requests_per_s']:.2f} requests/s, {found['failed']} failed")
             peak = max(peak, found["requests_per_s"])
+        # As many as are admitted at one moment, without the crowd: their beginning and end are no peak.
+        run = await load.closed_loop(server.address, prompts.take(places + queue, *lengths), places)
+        batch = len([one for one in run.outcomes if not one.error]) / run.seconds
+        say(f"{places + queue} requests from beginning to end: {batch:.2f} requests/s")
         rate = 10 * peak
+        fill = (places + queue) / peak
         say(f"Poisson, {rate:.1f} requests/s for {minutes:g} minutes")
         run = await load.open_loop(
-            server.address, prompts.take(math.ceil(rate * minutes * 60), *lengths), rate, SEED
+            server.address,
+            prompts.take(math.ceil(rate * (fill + minutes * 60)), *lengths),
+            rate,
+            SEED,
+            warm_s=fill,
         )
         poisson = _overload(run, peak, say)
         say("all at one moment")
@@ -519,7 +528,7 @@ async def burst(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
         good = [one for one in outcomes if not one.error]
         last = max((one.end for one in good), default=began)
         at_once = load.Run(list(outcomes), began, last, last - began, 0.0)
-        moment = _overload(at_once, peak, say)
+        moment = _overload(at_once, batch, say)
         async with load.request(server.address, "GET", "/health") as response:
             healthy = response.status
         status = server.terminate()
@@ -546,6 +555,7 @@ async def burst(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
     ]
     return {
         "peak_requests_per_s": peak,
+        "batch_requests_per_s": batch,
         "offered_requests_per_s": rate,
         "minutes": minutes,
         "weights": arguments.weights,

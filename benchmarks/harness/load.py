@@ -344,12 +344,14 @@ async def open_loop(
     rate: float,
     seed: int,
     *,
+    warm_s: float = 0.0,
     extra: dict[str, Any] | None = None,
     limit_s: float = 600.0,
 ) -> Run:
     """Requests that come whether or not the server keeps up: a Poisson process of `rate` per second.
 
-    What counts are the last nine tenths of the arrivals. A request's times are from when it was due.
+    What counts begins after a tenth of the arrivals, or warm_s seconds if that is later, and ends with the
+    last arrival. A request's times are from when it was due.
     """
     loop = asyncio.get_running_loop()
     draw = random.Random(seed)
@@ -364,7 +366,7 @@ async def open_loop(
         work = _bounded(complete(address, ask, begin=due, extra=extra), ask, due + limit_s)
         tasks.append(asyncio.create_task(work))
     outcomes = await asyncio.gather(*tasks)
-    warm = times[len(times) // 10]
+    warm = max(times[len(times) // 10], began + warm_s)
     return Run(list(outcomes), warm, times[-1], loop.time() - began, time.process_time() - cpu)
 
 
