@@ -151,6 +151,7 @@ async def measure(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
     from gristmill.bench.host import load_average
 
     before, begin = load_average(), time.time()
+    revision = servers.commit(HERE.parent)  # others may commit while this runs
     only = arguments.only
     entries = [Entry(k) for k in servers.kinds() if not only or any(text in k.name for text in only)]
     if not entries:
@@ -182,7 +183,7 @@ async def measure(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
         "version": 1,
         "date": time.strftime("%Y-%m-%d", time.gmtime(begin)),
         "seconds": time.time() - begin,
-        **servers.commit(HERE.parent),
+        **revision,
         "machine": {**machine(), "load_average_before": before},
         "settings": {
             "rounds": rounds,
