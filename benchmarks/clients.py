@@ -49,6 +49,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.0f} s] {text}", file=sys.stderr, flush=True)
 
+    revision = servers.commit(HERE.parent)
     try:
         clients = asyncio.run(talk(arguments.only or list(CLIENTS), arguments.weights, say))
     except SetupError as error:
@@ -56,7 +57,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    document = {"version": 1, "date": time.strftime("%Y-%m-%d"), **servers.commit(HERE.parent)}
+    document = {"version": 1, "date": time.strftime("%Y-%m-%d"), **revision}
     document |= {"weights": arguments.weights, "clients": clients}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -75,6 +75,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.0f} s] {text}", file=sys.stderr, flush=True)
 
+    revision = servers.commit(HERE.parent)
     try:
         section = asyncio.run((soak if arguments.mode == "soak" else burst)(arguments, say))
     except (SetupError, HttpError, OSError) as error:
@@ -84,7 +85,7 @@ def main() -> int:
         return 130
     from gristmill.bench import machine
 
-    section |= {"date": time.strftime("%Y-%m-%d"), **servers.commit(HERE.parent), "machine": machine()}
+    section |= {"date": time.strftime("%Y-%m-%d"), **revision, "machine": machine()}
     path = arguments.json
     document = json.loads(path.read_text()) if path.exists() else {"version": 1}
     document[arguments.mode] = section
