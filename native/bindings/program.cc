@@ -393,10 +393,10 @@ void bind_program(nb::module_& m) {
       .def("set_logits", &gm::Program::set_logits, "buffer"_a)
       .def(
           "kv_pool",
-          [](const gm::Program& p, int64_t limit, gm::KvPlacement placement) {
-            return std::make_shared<gm::KvPool>(p.geometry(), limit, placement);
+          [](const gm::Program& p, int64_t limit, gm::KvPlacement placement, bool memfd) {
+            return std::make_shared<gm::KvPool>(p.geometry(), limit, placement, -1, memfd);
           },
-          "limit"_a, "placement"_a,
+          "limit"_a, "placement"_a, "memfd"_a = true,
           "Memory for keys and values, of at most `limit` bytes (0: the machine's).")
       .def_prop_ro("progress", &gm::Program::progress, "Nodes that have been run since the start.")
       .def(

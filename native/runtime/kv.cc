@@ -36,9 +36,9 @@ int64_t read_mapping_limit() {
 }
 
 // A file of memory without a name, -1 if there is no way to have one.
-int memory_file(std::string* backing) {
+int memory_file(bool memfd, std::string* backing) {
 #if defined(MFD_CLOEXEC)
-  const int file = memfd_create("gristmill-kv", MFD_CLOEXEC);
+  const int file = memfd ? memfd_create("gristmill-kv", MFD_CLOEXEC) : -1;
   if (file >= 0) {
     *backing = "memfd";
     return file;
@@ -64,7 +64,7 @@ char* KvFrame::data() const {
   return pool_->stores_[range_].base + index_ * pool_->ranges_[range_].frame_bytes;
 }
 
-KvPool::KvPool(const KvGeometry& geometry, int64_t limit_bytes, KvPlacement placement, int poison)
+KvPool::KvPool(const KvGeometry& geometry, int64_t limit_bytes, KvPlacement placement, int poison, bool memfd)
     : geometry_(geometry), placement_(placement), backing_("anonymous"), poison_(poison) {
   for (int64_t i = 0; i < static_cast<int64_t>(geometry_.layers.size()); ++i) {
     const KvLayer& layer = geometry_.layers[static_cast<size_t>(i)];
@@ -83,7 +83,7 @@ KvPool::KvPool(const KvGeometry& geometry, int64_t limit_bytes, KvPlacement plac
   int file = -1;
   int64_t file_bytes = 0;
   if (placement_ == KvPlacement::kMapped) {
-    file = memory_file(&backing_);
+    file = memory_file(memfd, &backing_);
     if (file < 0) throw std::runtime_error(std::string("no memory file can be made: ") + strerror(errno));
   }
   for (Range& r : ranges_) {
@@ -253,8 +253,12 @@ void KvPool::map(size_t range, char* at, const KvFrame* frame, bool replaces) {
   }
   // Taking a mapping out of the middle needs one more; without it, it stays until the view goes.
   if (frame == nullptr) return;
-  throw KvExhausted("the system grants no further mapping for the KV memory: " + std::to_string(mappings_) +
-                    " are in use and vm.max_map_count is " + std::to_string(mapping_limit_));
+  throw KvExhausted(no_mapping());
+}
+
+std::string KvPool::no_mapping() const {
+  return "the system grants no further mapping for the KV memory: " + std::to_string(mappings_) +
+         " are in use and vm.max_map_count is " + std::to_string(mapping_limit_);
 }
 
 KvView::KvView(std::shared_ptr<KvPool> pool, int64_t capacity) : pool_(std::move(pool)), capacity_(capacity) {
@@ -271,6 +275,9 @@ KvView::KvView(std::shared_ptr<KvPool> pool, int64_t capacity) : pool_(std::move
       for (size_t i = 0; i + 1 < parts_.size(); ++i) {
         munmap(parts_[i].base, static_cast<size_t>(spans * pool_->ranges()[i].frame_bytes));
       }
+      std::lock_guard<std::mutex> lock(pool_->mutex_);
+      // A view takes two mappings and more: the limit is near, not the end of the addresses.
+      if (4 * pool_->mappings_ > pool_->mapping_limit_) throw KvExhausted(pool_->no_mapping());
       throw std::bad_alloc();
     }
     part.base = static_cast<char*>(at);

@@ -113,9 +113,10 @@ class KvPool : public std::enable_shared_from_this<KvPool> {
   };
 
   // limit_bytes 0: all of the machine's memory. poison: -1, or a byte to fill frames with when they are
-  // handed out. Throws std::bad_alloc if the address space cannot be reserved, and std::runtime_error if the
-  // file cannot be made.
-  KvPool(const KvGeometry& geometry, int64_t limit_bytes, KvPlacement placement, int poison = -1);
+  // handed out. memfd: false uses the file that stands in where there is no memfd. Throws std::bad_alloc if
+  // the address space cannot be reserved, and std::runtime_error if the file cannot be made.
+  KvPool(const KvGeometry& geometry, int64_t limit_bytes, KvPlacement placement, int poison = -1,
+         bool memfd = true);
   ~KvPool();
   KvPool(const KvPool&) = delete;
   KvPool& operator=(const KvPool&) = delete;
@@ -160,6 +161,7 @@ class KvPool : public std::enable_shared_from_this<KvPool> {
     std::vector<int64_t> warm;    // free, with pages
     std::vector<int64_t> cold;    // free, without
   };
+  std::string no_mapping() const;
   void give_back(size_t range, int64_t index);
   void punch(size_t range, int64_t index);
 
@@ -180,7 +182,8 @@ class KvPool : public std::enable_shared_from_this<KvPool> {
 // One sequence's keys and values in every layer.
 class KvView {
  public:
-  // Throws std::bad_alloc if there is no address space for the capacity.
+  // Throws std::bad_alloc if there is no address space for the capacity, KvExhausted without a mapping for
+  // it.
   KvView(std::shared_ptr<KvPool> pool, int64_t capacity);
   ~KvView();
   KvView(const KvView&) = delete;

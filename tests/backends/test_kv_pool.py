@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gristmill.backends.native import NativeExecutor
+from gristmill.backends.native import NativeExecutor, _native
 from gristmill.backends.native.executor import NativeKVView
 from gristmill.errors import GristmillError, KVExhausted, UsageError
 from gristmill.io import convert
@@ -209,7 +209,7 @@ def test_what_is_not_committed_is_not_there() -> None:
 
 LIMITED = """
 import resource, sys
-from gristmill.backends.native import NativeExecutor
+from gristmill.backends.native import NativeExecutor, _native
 from gristmill.errors import GristmillError
 from pathlib import Path
 executor = NativeExecutor.load(Path(sys.argv[1]), threads=1)
@@ -251,3 +251,40 @@ def test_wrong_placements_are_refused(directories: dict[str, Path]) -> None:
     ):
         executor.limit_kv(0, "elsewhere")
     assert issubclass(KVExhausted, GristmillError)
+
+
+def test_without_memfd_a_shared_memory_object_takes_its_place(directories: dict[str, Path]) -> None:
+    with closing(NativeExecutor.load(directories["llama"], threads=1)) as executor:
+        executor.limit_kv(8 * executor.kv_pool.span_bytes, "mapped")
+        expected = executor.step(batch([executor.allocate(600)], [np.arange(200)]))
+        native = executor._native.kv_pool(8 * executor.kv_pool.span_bytes, _native.KvPlacement.MAPPED, False)
+        assert native.backing == "shm"
+        view = NativeKVView(native.allocate(600))
+        np.testing.assert_array_equal(executor.step(batch([view], [np.arange(200)])), expected)
+        fork = view.fork(150, 600)
+        executor.step(batch([fork], [np.arange(3)]))
+        assert native.stats()["frames"] == 2
+        assert not list(Path("/dev/shm").glob("gristmill-kv-*")), "it has no name any longer"
+
+
+def test_the_limit_on_mappings_is_told(directories: dict[str, Path]) -> None:
+    """Views of one frame, until the system grants no more; giving some back helps."""
+    with closing(NativeExecutor.load(directories["llama"], threads=1)) as executor:
+        executor.limit_kv(8 * executor.kv_pool.span_bytes, "mapped")
+        limit = executor.kv_pool.stats()["mapping_limit"]
+        if limit > 200_000:
+            pytest.skip(f"vm.max_map_count is {limit}: it would take too long")
+        view = executor.allocate(4000)
+        executor.step(batch([view], [np.arange(10)]))
+        forks: list[NativeKVView] = []
+        with pytest.raises(KVExhausted, match=r"vm\.max_map_count"):  # noqa: PT012
+            while True:
+                forks.append(view.fork(10, 4000))
+        assert len(forks) > limit // 8
+        for fork in forks[-100:]:
+            fork.close()
+        executor.step(batch([view], [np.arange(10)]))
+        forks.append(view.fork(20, 4000))
+        for fork in forks:
+            fork.close()
+        assert executor.kv_pool.stats()["mappings"] <= 5

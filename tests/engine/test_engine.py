@@ -319,11 +319,14 @@ def test_a_full_queue_refuses(serve: Callable[..., Served]) -> None:
     async def main() -> None:
         params = SamplingParams(max_tokens=400, ignore_eos=True)
         streams = []
+        refusal = None
         try:
             for i in range(10):
                 streams.append(served.engine.stream(Request([i], params, f"q{i}")))
         except QueueFull as error:
-            assert error.retry_after >= 1
+            refusal = error
+        assert refusal is not None
+        assert refusal.retry_after >= 1
         assert len(streams) in (3, 4)
         tasks = [asyncio.create_task(anext(stream)) for stream in streams]  # type: ignore[arg-type]
         await tasks[0]
@@ -331,7 +334,7 @@ def test_a_full_queue_refuses(serve: Callable[..., Served]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     asyncio.run(main())
 
@@ -349,13 +352,13 @@ def test_an_abort_frees_everything_within_a_step(serve: Callable[..., Served], w
             served.engine.abort("b0")
         if when == "decoding":
             served.engine.abort("b0")
-            await anext(victim)  # type: ignore[arg-type]
+            await anext(victim)
         await asyncio.sleep(0.02)
-        await victim.aclose()  # type: ignore[attr-defined]
+        await victim.aclose()
         served.engine.abort("victim")
         for stream, task in zip(blockers, tasks, strict=True):
             await asyncio.gather(task, return_exceptions=True)
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
             served.engine.abort("b0")
             served.engine.abort("b1")
         await asyncio.wait_for(served.engine.idle(), 5)
@@ -366,6 +369,21 @@ def test_an_abort_frees_everything_within_a_step(serve: Callable[..., Served], w
     assert served.model.executor.kv_pool.used == 0
     assert served.model.executor.kv_pool.stats()["mappings"] == 1
     assert served.model.executor.kv_pool.stats()["committed"] == 0
+
+
+def test_a_stream_that_nobody_reads_is_aborted_when_it_is_closed(serve: Callable[..., Served]) -> None:
+    served = serve("llama")
+
+    async def main() -> None:
+        params = SamplingParams(max_tokens=1100, ignore_eos=True)
+        closed = served.engine.stream(Request([1], params, "closed"))
+        await closed.aclose()
+        dropped = served.engine.stream(Request([2], params, "dropped"))
+        del dropped
+        await asyncio.wait_for(served.engine.idle(), 5)
+
+    asyncio.run(main())
+    assert served.engine.status().counters["requests_cancelled"] == 2
 
 
 def test_deadlines(serve: Callable[..., Served]) -> None:

@@ -195,6 +195,9 @@ def test_variables_and_tool_calls():
     chat = [user("x"), {"role": "assistant", "content": "", "tool_calls": [
         {"function": {"name": "weather", "arguments": {"city": "Köln <|eot_id|>", "days": 3}}}]}]  # fmt: skip
     assert render(LLAMA3, chat) == witness(LLAMA3, chat, add_generation_prompt=True)
+    absent = [chat[0], {key: value for key, value in chat[1].items() if key != "content"}]
+    for content in (absent, [absent[0], {**absent[1], "content": None}]):
+        assert render(LLAMA3, content) == render(LLAMA3, chat)
     want = witness(THINKING, CHATS[0], add_generation_prompt=True, enable_thinking=False)
     assert render(THINKING, variables={"enable_thinking": False}) == want
     assert "<think>" in want

@@ -17,7 +17,11 @@ def test_no_request_makes_the_server_fail(server: ServerProcess) -> None:
         api = operation.ok()
 
         @settings(
-            max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+            max_examples=25,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=True,
         )
         def check(case: schemathesis.Case) -> None:
             if isinstance(case.body, dict) and "completions" in case.path:

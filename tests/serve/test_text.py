@@ -22,7 +22,7 @@ from gristmill.errors import TemplateError, UsageError
 from gristmill.io.convert import prepare
 from gristmill.io.tokenizer import Tokenizer
 from gristmill.serve.constraints import Constraints, ConstraintSpec
-from gristmill.serve.tools import Delta, OutputParser, check_tools, constraint_for
+from gristmill.serve.tools import Delta, OutputParser, check_tools, constraint_for, for_template
 from gristmill.serve.worker import HelperPool
 
 
@@ -169,6 +169,19 @@ def test_tools_that_are_not() -> None:
         with pytest.raises(UsageError):
             check_tools(tools, choice)
     assert constraint_for([good], "auto") is None
+
+
+def test_earlier_calls_are_objects_for_templates() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    (message,) = for_template([{"role": "assistant", "tool_calls": [call]}])
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert call["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    for bad in ("{", "[1]", 3, None):
+        wrong = {"function": {"name": "f", "arguments": bad}}
+        with pytest.raises(UsageError, match="JSON object"):
+            for_template([{"role": "assistant", "tool_calls": [wrong]}])
+    with pytest.raises(UsageError, match="must have a function"):
+        for_template([{"role": "assistant", "tool_calls": ["x"]}])
 
 
 # ---- constraints -------------------------------------------------------------------------------------------

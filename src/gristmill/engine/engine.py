@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -39,7 +39,7 @@ from gristmill.program.batch import MAX_STEP_TOKENS, CancelFlag
 if TYPE_CHECKING:
     from gristmill.api import Model
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "OutputStream"]
 
 HANG_SECONDS = 2.0
 """Without a sign of life for so long the engine counts as dead."""
@@ -95,6 +95,48 @@ def _merged(a: Output, b: Output) -> Output:
         logprobs=logprobs,
         prompt_logprobs=a.prompt_logprobs or b.prompt_logprobs,
     )
+
+
+class OutputStream:
+    """The news of one request: an asynchronous iterator that must be closed if it is left early."""
+
+    def __init__(self, engine: Engine, job: _Job, event: asyncio.Event) -> None:
+        """For `Engine.stream`."""
+        self._engine = engine
+        self._job = job
+        self._event = event
+        self._ready: deque[Output] = deque()
+        self._left = len(job.sequences)
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> Output:
+        while not self._ready:
+            if not self._left:
+                raise StopAsyncIteration
+            await self._event.wait()
+            self._event.clear()
+            try:
+                self._ready.extend(self._job.take())
+            except GristmillError:
+                self._left = 0
+                raise
+        output = self._ready.popleft()
+        self._left -= output.finish_reason is not None
+        return output
+
+    async def aclose(self) -> None:
+        """Aborts what is not finished. Idempotent."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._left:
+            self._left = 0
+            self._engine.abort(self._job.request.id)
+
+    def __del__(self) -> None:
+        self._close()
 
 
 class Engine:
@@ -186,17 +228,17 @@ class Engine:
         """Whether the thread is there."""
         return self._thread.is_alive()
 
-    def stream(self, request: Request) -> AsyncIterator[Output]:
+    def stream(self, request: Request) -> OutputStream:
         """The news of a request, for one consumer in a running event loop.
 
         The request is checked and queued at once: raises UsageError for a wrong one, ContextLengthExceeded,
-        QueueFull, EngineDead. A slow consumer gets several tokens in one Output. Closing the iterator
-        aborts the request within a step. While it is read it may raise RequestFailed and EngineDead.
+        QueueFull, EngineDead. A slow consumer gets several tokens in one Output. Closing the stream, read or
+        not, aborts the request within a step. Reading it may raise RequestFailed and EngineDead.
         """
         loop = asyncio.get_running_loop()
         event = asyncio.Event()
         job = self._submit(request, event.set, loop)
-        return self._outputs(job, event)
+        return OutputStream(self, job, event)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], *, raw: bool = False, n: int = 1, **sampling: Any
@@ -359,19 +401,6 @@ class Engine:
     def _retry_after(self) -> float:
         """Seconds after which a place is likely to be free, from the rate at which requests have ended."""
         return min(60.0, max(1.0, 1 / self._rate if self._rate > 0 else 1.0))
-
-    async def _outputs(self, job: _Job, event: asyncio.Event) -> AsyncIterator[Output]:
-        left = len(job.sequences)
-        try:
-            while left:
-                await event.wait()
-                event.clear()
-                for output in job.take():
-                    left -= output.finish_reason is not None
-                    yield output
-        finally:
-            if left:
-                self.abort(job.request.id)
 
     def _command(self, command: Callable[[], None]) -> None:
         """Runs something in the engine's thread, between two steps."""

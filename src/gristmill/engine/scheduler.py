@@ -224,7 +224,20 @@ class Scheduler:
             if one.view is None:
                 if not self._fits(one):
                     break
-                self._begin(one)
+                try:
+                    self._begin(one)
+                except GristmillError as error:
+                    one.release()
+                    one.computed = 0
+                    if self.running:
+                        break  # what the others hold may be what is missing
+                    if self._prefixes is not None and len(self._prefixes):
+                        self._prefixes.clear()
+                        continue
+                    self.waiting.popleft()
+                    one.end("error", str(error))
+                    self._failed.append(one)
+                    continue
             self.waiting.popleft()
             self.running.append(one)
             self._step = None

@@ -100,8 +100,8 @@ def _check_message(message: object, number: int) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         content = _join_parts(content, number)
     checked = dict(message)
-    if "content" in message:
-        checked["content"] = content
+    # Templates read the content of every message, also of one that only calls tools.
+    checked["content"] = content if content is not None else ""
     return checked
 
 

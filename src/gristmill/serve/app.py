@@ -355,7 +355,7 @@ class _Handlers:
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/chat/completions."""
-        from gristmill.serve.tools import check_tools, constraint_for
+        from gristmill.serve.tools import check_tools, constraint_for, for_template
 
         server = self._server
         server.ready_engine()
@@ -382,7 +382,9 @@ class _Handlers:
             )
         spec = called or spec
         shown = None if choice == "none" else tools
-        ids = await server.texts.render(request.messages, tools=shown, variables=request.chat_template_kwargs)
+        ids = await server.texts.render(
+            for_template(request.messages), tools=shown, variables=request.chat_template_kwargs
+        )
         answer = Chat(
             server.name,
             count,

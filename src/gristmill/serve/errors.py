@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFull, RequestFailed
+from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import GristmillError, TemplateError, UsageError
 
 __all__ = ["ApiError", "translate"]
@@ -23,6 +25,10 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable",
 }
+
+
+_PARAMS = frozenset({*(one.name for one in fields(SamplingParams)), "n", "tools", "tool_choice"})
+"""What messages about a request's values begin with."""
 
 
 class ApiError(Exception):
@@ -79,8 +85,8 @@ def translate(error: Exception) -> ApiError:
         return ApiError(500, str(error), code="request_failed")
     if isinstance(error, (UsageError, TemplateError)):
         text = str(error)
-        first = text.split(" ", 1)[0].strip(":,")
-        return ApiError(400, text, param=first if "_" in first or first in ("n", "stop", "seed") else None)
+        first = text.split(" ", 1)[0].strip(":,.").split(".", 1)[0]
+        return ApiError(400, text, param=first if first in _PARAMS else None)
     if isinstance(error, GristmillError):
         return ApiError(500, str(error))
     return ApiError(500, "internal error", code="internal_error")

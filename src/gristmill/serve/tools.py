@@ -22,7 +22,7 @@ from gristmill.serve.settings import LIMITS
 if TYPE_CHECKING:
     from gristmill.serve.constraints import ConstraintSpec
 
-__all__ = ["Delta", "OutputParser", "check_tools", "constraint_for"]
+__all__ = ["Delta", "OutputParser", "check_tools", "constraint_for", "for_template"]
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _THINK, _THINK_END = "<think>", "</think>"
@@ -232,6 +232,37 @@ def _chosen(tool_choice: Mapping[str, Any]) -> object:
     if tool_choice.get("type") != "function" or not isinstance(function, Mapping):
         raise UsageError('tool_choice must be {"type": "function", "function": {"name": ...}}')
     return function.get("name")
+
+
+def for_template(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates want them: the arguments of earlier calls as objects, which the API has as text.
+
+    UsageError where such a text is not a JSON object.
+    """
+    out = []
+    for number, message in enumerate(messages):
+        shown = dict(message)
+        if isinstance(calls := message.get("tool_calls"), list):
+            shown["tool_calls"] = [
+                _call(one, f"messages.{number}.tool_calls.{i}") for i, one in enumerate(calls)
+            ]
+        out.append(shown)
+    return out
+
+
+def _call(call: object, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise UsageError(f"{where} must have a function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise UsageError(f"{where}.function.arguments must be a JSON object")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def constraint_for(

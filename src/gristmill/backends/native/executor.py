@@ -339,6 +339,8 @@ class NativeExecutor:
         self._extend_positions(capacity)
         try:
             return NativeKVView(self.kv_pool.allocate(capacity))
+        except _native.KvExhausted as error:
+            raise KVExhausted(str(error)) from None
         except ValueError as error:
             raise UsageError(str(error)) from None
         except MemoryError:
