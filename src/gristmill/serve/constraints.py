@@ -1,7 +1,7 @@
 """Constraints on the output: JSON, schemas, regular expressions, grammars and choices, through llguidance.
 
 JSON comes compact, without free white space between its parts. What a schema says and llguidance does not
-know is an error, never ignored.
+know is an error, never ignored. Words that only describe, and `x-` words, are free.
 """
 
 from __future__ import annotations
@@ -23,12 +23,32 @@ from gristmill.serve.settings import LIMITS
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-__all__ = ["ConstraintSpec", "ConstraintTokenizer", "Constraints"]
+__all__ = ["ConstraintSpec", "ConstraintTokenizer", "Constraints", "check_schema"]
 
 _KEPT = 64
 """Compiled grammars that are kept."""
 _STEP_FUEL = 400_000
-"""Bounds the work for one token: some tens of milliseconds at most."""
+_STEP_ITEMS = 10_000
+"""They bound the work for one token, which the engine waits for. The worst found: 0.2 s, for a grammar of
+many meanings; 20 ms are usual for literals of 60 KB, and 0.1 ms for schemas."""
+_CHECKED_STEPS = 4
+"""Tokens that a check goes on for: an object of too many optional properties fails after its brace."""
+
+_ONE = frozenset({"additionalItems", "additionalProperties"})
+_MANY = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+_NAMED = frozenset({"$defs", "definitions", "patternProperties", "properties"})
+_FOLLOWED = frozenset(
+    {"$ref", "const", "enum", "exclusiveMaximum", "exclusiveMinimum", "format", "items", "maxItems"}
+    | {"maxLength", "maxProperties", "maximum", "minItems", "minLength", "minProperties", "minimum"}
+    | {"multipleOf", "pattern", "required", "type"}
+)
+_DESCRIBES = frozenset(
+    {"$anchor", "$comment", "$id", "$schema", "contentEncoding", "contentMediaType", "contentSchema"}
+    | {"default", "deprecated", "description", "discriminator", "example", "examples", "externalDocs", "id"}
+    | {"readOnly", "title", "writeOnly"}
+)
+"""Annotations by the specifications of JSON schema and OpenAPI: they do not change what is valid."""
+_KNOWN = _ONE | _MANY | _NAMED | _FOLLOWED | _DESCRIBES
 
 
 class ConstraintTokenizer(Protocol):
@@ -109,11 +129,23 @@ class Constraints:
         self.factory(ConstraintSpec("json_object", ""))
 
     def check(self, spec: ConstraintSpec) -> None:
-        """Compiles, and computes what may come first. UsageError."""
+        """Compiles, and follows some text that is allowed for a few tokens. UsageError.
+
+        Endless recursion and too much work show only there. What shows later fails in the engine.
+        """
         words = np.zeros(-(-self._vocab_size // 32), np.int32)
-        self.factory(spec)().mask(words)
-        if not words.any():
-            raise UsageError("nothing satisfies the constraint on the output")
+        follower = self.factory(spec)()
+        try:
+            for _ in range(_CHECKED_STEPS):
+                follower.mask(words)
+                allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+                if not len(allowed):
+                    raise UsageError("nothing satisfies the constraint on the output")
+                follower.accept(next((int(one) for one in allowed if one not in self._ends), int(allowed[0])))
+        except UsageError:
+            raise
+        except GristmillError as error:
+            raise UsageError(str(error)) from None
 
     def _compile(self, spec: ConstraintSpec) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -122,7 +154,7 @@ class Constraints:
             vocabulary = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size))
             ends = sorted(self._ends) or [0]
             self._made = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=ends)
-        limits = LLParserLimits(step_lexer_fuel=_STEP_FUEL, verbose_errors=False)
+        limits = LLParserLimits(step_lexer_fuel=_STEP_FUEL, step_max_items=_STEP_ITEMS, verbose_errors=False)
         grammar = _grammar(spec)
         bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
         if bad:
@@ -134,8 +166,45 @@ class Constraints:
 
 
 def _line(messages: Iterable[str]) -> str:
-    text = " ".join(" ".join(messages).split())
-    return f"the constraint on the output is not valid: {text[:300]}"
+    return f"the constraint on the output is not valid: {_reason(' '.join(messages))}"
+
+
+def _reason(message: str) -> str:
+    return " ".join(message.replace("<non-verbose/>", "").split())[:300]
+
+
+def check_schema(schema: object) -> None:
+    """UsageError that names a word in a schema which would be ignored. llguidance refuses only those it knows
+    to be missing, `not` and `contains` among them; it passes over all others."""
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, dict):
+            continue
+        for word, value in one.items():
+            if word in _ONE or (word == "items" and isinstance(value, dict)):
+                waiting.append(value)
+            elif (word in _MANY or word == "items") and isinstance(value, list):
+                waiting += value
+            elif word in _NAMED and isinstance(value, dict):
+                waiting += value.values()
+            elif word == "x-guidance" or (word not in _KNOWN and not word.startswith("x-")):
+                raise UsageError(f"the schema holds {word[:64]!r}, which is not supported")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError("the constraint on the output is not valid JSON") from None
+
+
+def _choices(text: str) -> str:
+    """The choices in Lark's form. It reads JSON's strings, but for one character."""
+    choices = _parsed(text)
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+        raise UsageError("a choice needs texts that are not empty")
+    return " | ".join(json.dumps(one, ensure_ascii=False) for one in choices).replace("\x7f", "\\u007f")
 
 
 def _grammar(spec: ConstraintSpec) -> str:
@@ -154,9 +223,8 @@ def _grammar(spec: ConstraintSpec) -> str:
     if spec.kind == "json_object":
         return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=options)
     if spec.kind == "json_schema":
-        schema = json.loads(spec.text)
-        if isinstance(schema, dict) and "x-guidance" in schema:
-            raise UsageError("the schema holds x-guidance, which is not supported")
+        schema = _parsed(spec.text)
+        check_schema(schema)
         try:
             return LLMatcher.grammar_from_json_schema(schema, overrides=options)
         except ValueError as error:
@@ -164,11 +232,7 @@ def _grammar(spec: ConstraintSpec) -> str:
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.text)
     if spec.kind == "choice":
-        choices = json.loads(spec.text)
-        texts = " | ".join(json.dumps(one, ensure_ascii=False) for one in choices if one)
-        if not texts:
-            raise UsageError("a choice needs texts that are not empty")
-        return LLMatcher.grammar_from_lark(f"start: {texts}")
+        return LLMatcher.grammar_from_lark(f"start: {_choices(spec.text)}")
     text = spec.text
     if "::=" in text:
         try:
@@ -213,5 +277,5 @@ class _Follower:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GristmillError(
-                f"the constraint on the output cannot be followed: {self._matcher.get_error()[:200]}"
+                f"the constraint on the output cannot be followed: {_reason(self._matcher.get_error())}"
             )

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gristmill.engine.request import QueueFull
 from gristmill.errors import GristmillError, TemplateError, UsageError
 from gristmill.serve.constraints import Constraints, ConstraintSpec
 
@@ -28,6 +29,7 @@ SECONDS = {"render": 3.0, "tokenize": 20.0, "constraint": 3.0}
 """Until a helper is given up. Templates and grammars have limits of their own below these."""
 MAX_PENDING = 512
 START_SECONDS = 30.0
+_CLOSED = "the helper processes have been closed"
 _MAX_MESSAGE = 1 << 28
 
 
@@ -44,6 +46,7 @@ class HelperPool:
         self._free: asyncio.Queue[_Helper] = asyncio.Queue()
         self._helpers = [_Helper(directory, vocab_size) for _ in range(workers)]
         self._pending = 0
+        self._closed = False
         self.restarts = 0
         """Helpers that had to be replaced."""
         for helper in self._helpers:
@@ -54,9 +57,10 @@ class HelperPool:
         await asyncio.gather(*(helper.start() for helper in self._helpers))
 
     async def close(self) -> None:
-        """Ends the helpers."""
+        """Ends the helpers. Questions without an answer, and later ones, fail."""
+        self._closed = True
         for helper in self._helpers:
-            await helper.stop()
+            await helper.close()
 
     async def render(
         self,
@@ -83,13 +87,17 @@ class HelperPool:
 
     async def _ask(self, what: str, given: dict[str, Any]) -> Any:
         if self._pending >= MAX_PENDING:
-            raise GristmillError("too many texts wait to be prepared")
+            raise QueueFull("too many texts wait to be prepared", retry_after=1.0)
         self._pending += 1
         try:
             helper = await self._free.get()
             try:
+                if self._closed:
+                    raise GristmillError(_CLOSED)
                 return await helper.ask(what, given)
             except _Lost as error:
+                if self._closed:
+                    raise GristmillError(_CLOSED) from None
                 self.restarts += 1
                 if what == "render":
                     raise TemplateError(f"the chat template {error}") from None
@@ -110,6 +118,7 @@ class _Helper:
     def __init__(self, directory: Path, vocab_size: int) -> None:
         self._command = [sys.executable, "-m", "gristmill.serve.worker", str(directory), str(vocab_size)]
         self._process: asyncio.subprocess.Process | None = None
+        self._closed = False
 
     async def start(self) -> None:
         """Starts the process and waits until it has the tokenizer."""
@@ -121,6 +130,9 @@ class _Helper:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is the server's to handle
         )
+        if self._closed:  # meanwhile
+            await self.stop()
+            raise GristmillError(_CLOSED)
         try:
             async with asyncio.timeout(START_SECONDS):
                 await self._read()
@@ -136,6 +148,11 @@ class _Helper:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
+
+    async def close(self) -> None:
+        """Ends the process, also one that is just being started."""
+        self._closed = True
+        await self.stop()
 
     async def ask(self, what: str, given: dict[str, Any]) -> Any:
         """One question. Raises _Lost if the helper had to be ended, and what the helper raised."""
@@ -166,11 +183,12 @@ class _Helper:
 
     async def _read(self) -> Any:
         assert self._process is not None
-        assert self._process.stdout is not None
-        (size,) = struct.unpack("<I", await self._process.stdout.readexactly(4))
+        answers = self._process.stdout  # the process may be stopped while this waits
+        assert answers is not None
+        (size,) = struct.unpack("<I", await answers.readexactly(4))
         if size > _MAX_MESSAGE:
             raise OSError("an answer of a helper is too long")
-        return json.loads(await self._process.stdout.readexactly(size))
+        return json.loads(await answers.readexactly(size))
 
 
 def _serve(directory: Path, vocab_size: int) -> None:
