@@ -184,6 +184,61 @@ def test_sequences_are_preempted_and_go_on_with_the_same_tokens(serve: Callable[
     assert served.engine.status().counters["preemptions"] > 0
 
 
+def test_preemption_while_prompts_are_scored(serve: Callable[..., Served]) -> None:
+    served = serve("llama")
+    vocab = served.model.executor.vocab_size
+    requests = [
+        Request(
+            models.tokens(240 + 5 * i, vocab, seed=i).tolist(),
+            SamplingParams(max_tokens=70, ignore_eos=True),
+            f"r{i}",
+            prompt_logprobs=1 if i % 2 else None,
+        )
+        for i in range(8)
+    ]
+
+    async def scores(request: Request) -> Any:
+        found = None
+        async for output in served.engine.stream(request):
+            found = output.prompt_logprobs or found
+        return found
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(scores(one) for one in requests))
+
+    expected = asyncio.run(main())
+    span = served.model.executor.kv_pool.span_bytes
+    served.engine.close()
+    served.engine = Engine(served.model, kv_bytes=span * 5, max_sequences=8)
+    assert asyncio.run(main()) == expected
+    assert served.engine.status().counters["preemptions"] > 0
+    assert [one is not None for one in expected] == [False, True] * 4
+
+
+def test_an_error_beside_unread_news_is_told(serve: Callable[..., Served]) -> None:
+    """One of several continuations fails while the consumer is elsewhere."""
+    served = serve("llama")
+    made: list[Even] = []
+
+    def constraint() -> Even:
+        made.append(Even(3 if made else 10**6))
+        return made[-1]
+
+    async def main() -> None:
+        params = SamplingParams(max_tokens=300, ignore_eos=True, temperature=1.0, seed=1)
+        stream = served.engine.stream(Request([5, 6], params, "late", n=2, constraint=constraint))
+        await asyncio.to_thread(time.sleep, 0.3)
+        time.sleep(0.3)  # the loop itself is busy
+        with pytest.raises(RequestFailed):  # noqa: PT012
+            async with asyncio.timeout(5):
+                async for _ in stream:
+                    pass
+
+    asyncio.run(main())
+    params = {"max_tokens": 20, "ignore_eos": True}
+    assert len(served.engine.generate([[1, 2]], raw=True, n=3, **params)) == 3
+
+
 def test_continuations_of_one_prompt_share_it(serve: Callable[..., Served]) -> None:
     served = serve("llama")
     prompt = models.tokens(300, served.model.executor.vocab_size).tolist()

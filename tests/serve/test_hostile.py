@@ -308,6 +308,88 @@ def test_a_thousand_connections(server: ServerProcess) -> None:
             one.close()
 
 
+def test_bodies_that_are_slow_to_refuse(server: ServerProcess) -> None:
+    """None of them may hold the event loop: another request is answered meanwhile."""
+    keys = ", ".join(f'"k{i}": 0' for i in range(100_000))
+    bodies: list[tuple[str, bytes | Any]] = [
+        ("/v1/completions", ("{" + keys + ', "k5": 0}').encode()),
+        ("/v1/completions", {"prompt": [1.5] * 400_000}),
+        ("/v1/completions", {"prompt": [[1]] * 400_000}),
+        ("/v1/completions", {"prompt": [5] * 900_000, "echo": True}),
+        ("/v1/chat/completions", {"messages": [1] * 400_000}),
+        ("/v1/chat/completions", {"messages": USER * 100_000}),
+        ("/detokenize", {"tokens": [5.5] * 400_000}),
+        ("/detokenize", {"tokens": [10**9] * 400_000}),
+    ]
+    for path, body in bodies:
+        done: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda b=body, p=path: done.append(post(server, b, p)))  # type: ignore[misc]
+        thread.start()
+        while thread.is_alive():
+            before = time.monotonic()
+            assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+            assert time.monotonic() - before < 1.5, (path, str(body)[:40])
+        refused(done[0])
+
+
+def test_a_page_of_another_site_cannot_make_the_server_work(server: ServerProcess) -> None:
+    body = json.dumps({"messages": USER, "max_tokens": 1})
+    url = f"{server.url}/v1/chat/completions"
+    host = server.url.removeprefix("http://")
+    for headers in (
+        {"Origin": "https://evil.example", "Content-Type": "text/plain"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Origin": f"https://{host}"},
+    ):
+        refused(httpx.post(url, content=body, headers=headers), 403)
+    for headers in ({"Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}, {}):
+        assert httpx.post(url, content=body, headers=headers, timeout=30).status_code == 200
+
+
+def test_fields_that_exclude_each_other(server: ServerProcess) -> None:
+    for fields in (
+        {"guided_regex": "a", "regex": "b"},
+        {"guided_regex": "a", "structured_outputs": {"regex": "b"}},
+        {"guided_choice": ["a", ""]},
+        {"stream_options": {"include_usage": True}},
+        {"response_format": {"type": "json_object"}, "guided_json": {}},
+    ):
+        refused(post(server, {"messages": USER, "max_tokens": 2, **fields}))
+
+
+def test_a_prompt_that_is_cut_is_echoed_as_it_is(server: ServerProcess) -> None:
+    body = {
+        "prompt": "one two three four five six",
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 1,
+        "truncate_prompt_tokens": 3,
+    }
+    choice = post(server, body, "/v1/completions").json()["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert choice["text"].startswith(" four five six")
+
+
+def test_series_of_metrics_are_bounded(server: ServerProcess) -> None:
+    for method in ("AAA", "AAB"):
+        httpx.request(method, f"{server.url}/version")
+    httpx.get(f"{server.url}/%1b%5b2Jx")
+    text = httpx.get(f"{server.url}/metrics").text
+    assert "AAA" not in text
+    assert 'method="other"' in text
+    assert not any("\x1b" in line for line in server.lines)
+
+
+def test_tools_count_when_messages_are_tokenized(server: ServerProcess) -> None:
+    def count(**fields: Any) -> Any:
+        return httpx.post(f"{server.url}/tokenize", json={"messages": USER, **fields})
+
+    assert count(tools=[{"type": "function", "function": {"name": "f"}}]).status_code == 200
+    refused(count(tools=[{"type": "x"}]))
+    refused(httpx.post(f"{server.url}/tokenize", json={"prompt": "x", "tools": []} | {"tools": [{}]}))
+
+
 def test_hosts_and_origins(server: ServerProcess) -> None:
     refused(httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403)
     assert httpx.get(f"{server.url}/v1/models", headers={"Host": "localhost:1"}).status_code == 200

@@ -93,6 +93,7 @@ def test_flags_go_before_variables_before_the_file(tmp_path: Path) -> None:
         ({"max_num_seqs": "0"}, "--max-num-seqs"),
         ({"host": "0.0.0.0"}, "allow-no-key"),
         ({"api_key": ("a b",)}, "key"),
+        ({"api_key": ""}, "empty"),
         ({"ssl_keyfile": "x"}, "go together"),
     ],
 )
@@ -100,6 +101,12 @@ def test_wrong_settings(flags: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text) as caught:
         load_settings(flags, None, {})
     assert "\n" not in str(caught.value)
+
+
+def test_several_in_one_flag() -> None:
+    flags = {"api_key": ("a,b", "c")}
+    assert load_settings(flags, None, {})[0].api_key == ("a", "b", "c")
+    assert load_settings({}, None, {"GRISTMILL_API_KEY": "a,b,c"})[0].api_key == ("a", "b", "c")
 
 
 def test_wrong_files(tmp_path: Path) -> None:

@@ -115,13 +115,14 @@ class OutputStream:
         while not self._ready:
             if not self._left:
                 raise StopAsyncIteration
-            await self._event.wait()
-            self._event.clear()
             try:
                 self._ready.extend(self._job.take())
             except GristmillError:
                 self._left = 0
                 raise
+            if not self._ready:
+                await self._event.wait()
+                self._event.clear()
         output = self._ready.popleft()
         self._left -= output.finish_reason is not None
         return output
@@ -269,8 +270,8 @@ class Engine:
                 woken.wait()
                 woken.clear()
                 for job, some in zip(jobs, results, strict=True):
-                    if None in some:
-                        for output in job.take():
+                    while None in some and (outputs := job.take()):
+                        for output in outputs:
                             if output.result is not None:
                                 some[output.index] = output.result
         finally:
@@ -299,6 +300,9 @@ class Engine:
         used = self._kv.used
         idle = self._counters["idle_bytes"]
         stats = self._kv.stats()
+        # Copies first: the engine's thread goes on counting.
+        counters = {**dict(scheduler.counters), **dict(self._counters)}
+        counters.pop("idle_bytes", None)
         return Status(
             alive=alive,
             ready=alive and not self._draining and not self._closing,
@@ -318,7 +322,7 @@ class Engine:
                 "mappings": stats["mappings"],
                 "mapping_limit": stats["mapping_limit"],
             },
-            counters={**scheduler.counters, **{k: v for k, v in self._counters.items() if k != "idle_bytes"}},
+            counters=counters,
         )
 
     def drain(self) -> None:
@@ -346,7 +350,9 @@ class Engine:
         with self._condition:
             self._condition.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(None if self.status().alive else HANG_SECONDS)
+        if self._thread.is_alive():
+            return  # a step that hangs: its memory cannot be taken away
         self._scheduler.forget()
         self._counters["idle_bytes"] = 0
         self._kv.trim()
@@ -389,7 +395,12 @@ class Engine:
         sequences[0].siblings = sequences[1:]
         job = _Job(request, sequences, wake)
         job.loop = loop
-        self._jobs[request.id] = job
+        if self._jobs.setdefault(request.id, job) is not job:
+            raise UsageError(f"the request id {request.id[:80]!r} is in use")
+        if self._failure is not None or self._closing or not self._thread.is_alive():
+            # It ended in the meantime and will not look at the request.
+            self._jobs.pop(request.id, None)
+            raise EngineDead(self._failure or "the engine is closed")
         self._command(lambda: self._add(job))
         return job
 

@@ -72,11 +72,13 @@ class _Step:
             tokens[at : at + n] = one.tokens(begin, begin + n)
             if begin + n > size:
                 phases[at + max(size - begin, 0) : at + n] = GENERATED
-            if one.prompt_logprobs is not None and begin < size - 1:
-                # The row of a token says how probable the next one was.
-                count = min(n, size - 1 - begin)
-                self.scored.append((one, len(rows), count))
-                rows.extend(range(at, at + count))
+            if one.prompt_logprobs is not None:
+                # The row of a token says how probable the next one was. After a preemption some are known.
+                first = max(begin, len(one.prompt_logprobs) - 1)
+                count = min(begin + n, size - 1) - first
+                if count > 0:
+                    self.scored.append((one, len(rows), count))
+                    rows.extend(range(at + first - begin, at + first - begin + count))
             if begin + n == one.total:
                 self.drawing.append(one)
                 drawn.append(len(rows))

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ServedEngine", "Server", "make_app"]
 
-BIG_BODY = 1 << 18
+BIG_BODY = 1 << 16
 """Bodies above this are parsed beside the event loop."""
+BIG_LIST = 1 << 14
+"""Lists of tokens above this are looked at beside the event loop."""
 
 
 class ServedTokenizer(Protocol):
@@ -100,6 +102,8 @@ class Server:
     texts: Texts | None = None
     defaults: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
     vocab_size: int = 0
+    longest_token: int = 1 << 20
+    """Bytes of the longest token."""
     chat: bool = False
     """Whether the model has a chat template."""
     reasoning: bool = False
@@ -217,6 +221,24 @@ def _route(path: str, handler: Handler, method: str) -> Route:
     return Route(path, _Endpoint(handler), methods=[method])
 
 
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
+    """What the work gives, which ends when the client goes (ApiError 499) or time is over (408)."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ApiError(499, "the client has gone")
+        raise ApiError(408, "the request took longer than it may", code="timeout")
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with suppress(BaseException):
+                await one
+
+
 async def _gone(receive: Receive) -> None:
     """Waits until the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
@@ -330,10 +352,19 @@ class _Handlers:
         if (prompt is None) == (request.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
         if request.messages is not None:
-            ids = await texts.render(request.messages)
+            from gristmill.serve.tools import check_tools, for_template
+
+            check_tools(request.tools, None)
+            rendering = texts.render(
+                for_template(request.messages), tools=request.tools, variables=request.chat_template_kwargs
+            )
+            ids = await _while_there(receive, rendering, self._server.settings.request_timeout)
+        elif request.tools or request.chat_template_kwargs:
+            raise ApiError(400, "tools and chat_template_kwargs go with messages", param="tools")
         else:
             asked = request.add_special_tokens if request.add_special is None else request.add_special
-            ids = await texts.tokenize(prompt, add_special=True if asked is None else asked)
+            tokenizing = texts.tokenize(prompt, add_special=True if asked is None else asked)
+            ids = await _while_there(receive, tokenizing, self._server.settings.request_timeout)
         value: dict[str, Any] = {"count": len(ids), "max_model_len": engine.context, "tokens": ids}
         if request.return_token_strs:
             assert self._server.tokenizer is not None
@@ -346,9 +377,14 @@ class _Handlers:
         """Token ids to text."""
         self._server.ready_engine()
         request = await self._read(DetokenizeRequest, receive)
-        self._check_ids(request.tokens, "tokens")
         assert self._server.tokenizer is not None
-        text = self._server.tokenizer.decode(request.tokens, skip_special=False)
+
+        def work() -> str:
+            self._check_ids(request.tokens, "tokens")
+            assert self._server.tokenizer is not None
+            return self._server.tokenizer.decode(request.tokens, skip_special=False)
+
+        text = work() if len(request.tokens) < BIG_LIST else await asyncio.to_thread(work)
         await send_json(send, {"prompt": text, "content": text})
 
     # ---- completions ---------------------------------------------------------------------------------------
@@ -382,9 +418,14 @@ class _Handlers:
             )
         spec = called or spec
         shown = None if choice == "none" else tools
-        ids = await server.texts.render(
+        if request.truncate_prompt_tokens is None:
+            self._check_length(_text_bytes(request.messages), "messages")
+        rendering = server.texts.render(
             for_template(request.messages), tools=shown, variables=request.chat_template_kwargs
         )
+        ids = await _while_there(receive, rendering, server.settings.request_timeout)
+        if request.truncate_prompt_tokens is not None:
+            ids = ids[-request.truncate_prompt_tokens :]
         answer = Chat(
             server.name,
             count,
@@ -418,21 +459,32 @@ class _Handlers:
             raise ApiError(400, "max_tokens 0 needs echo: true", param="max_tokens")
         special = True if request.add_special_tokens is None else request.add_special_tokens
         ids: list[list[int]] = []
+        texts: list[str | None] = []
+        """Of prompts that are echoed as they came."""
+        cut = request.truncate_prompt_tokens
         for prompt in prompts:
             if isinstance(prompt, str):
-                ids.append(await server.texts.tokenize(prompt, add_special=special))
+                if cut is None:
+                    self._check_length(len(prompt.encode()), "prompt")
+                tokenizing = server.texts.tokenize(prompt, add_special=special)
+                ids.append(await _while_there(receive, tokenizing, server.settings.request_timeout))
             else:
-                self._check_ids(prompt, "prompt")
-                ids.append(prompt)
+                ids.append(prompt if cut is None else prompt[-cut:])
+                if len(ids[-1]) > server.ready_engine().context:
+                    raise ContextLengthExceeded(len(ids[-1]), server.ready_engine().context)
+                self._check_ids(ids[-1], "prompt")
             if not ids[-1]:
                 raise ApiError(400, "a prompt is empty", param="prompt")
+            whole = isinstance(prompt, str) and (cut is None or len(ids[-1]) <= cut)
+            texts.append(prompt if whole else None)
+            if cut is not None:
+                ids[-1] = ids[-1][-cut:]
         echoes = None
         if echo:
-            texts = [
-                one if isinstance(one, str) else server.tokenizer.decode(one, skip_special=False)
-                for one in prompts
-            ]
-            echoes = [(text, one) for text, one in zip(texts, ids, strict=True) for _ in range(count)]
+            echoes = []
+            for text, one in zip(texts, ids, strict=True):
+                shown = server.tokenizer.decode(one, skip_special=False) if text is None else text
+                echoes += [(shown, one)] * count
         answer = Completion(
             server.name,
             len(prompts) * count,
@@ -479,12 +531,10 @@ class _Handlers:
         constraint = None
         if spec is not None:
             assert server.texts is not None
-            await server.texts.check_constraint(spec)
+            await _while_there(receive, server.texts.check_constraint(spec), seconds)
             if server.constraint is None:
                 raise ApiError(400, "constraints on the output are not available", param="response_format")
             constraint = await asyncio.to_thread(server.constraint, spec)
-        if request.truncate_prompt_tokens is not None:
-            prompts = [one[-request.truncate_prompt_tokens :] for one in prompts]
         answer.usage.prompt = sum(len(one) for one in prompts)
         streams: list[AsyncIterator[Output]] = []
         try:
@@ -501,22 +551,11 @@ class _Handlers:
                     deadline=began + seconds,
                 )
                 streams.append(engine.stream(asked))
-            work = asyncio.create_task(
-                self._stream(send, request, answer, self._outputs(streams, count, began))
-                if request.stream
-                else self._whole(send, answer, self._outputs(streams, count, began))
-            )
-            gone = asyncio.create_task(_gone(receive))
-            try:
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    raise ApiError(499, "the client has gone")
-                work.result()
-            finally:
-                for task in (work, gone):
-                    task.cancel()
-                    with suppress(BaseException):
-                        await task
+            outputs = self._outputs(streams, count, began)
+            if request.stream:
+                await _while_there(receive, self._stream(send, request, answer, outputs))
+            else:
+                await _while_there(receive, self._whole(send, answer, outputs))
         except ContextLengthExceeded as error:
             known = translate(error)
             known.param = "messages" if isinstance(answer, Chat) else "prompt"
@@ -629,8 +668,13 @@ class _Handlers:
 
     async def _read(self, kind: type[Any], receive: Receive) -> Any:
         body = await read_body(receive, self._server.settings)
-        value = parse_object(body) if len(body) < BIG_BODY else await asyncio.to_thread(parse_object, body)
-        request, unknown = read(kind, value)
+
+        def work() -> tuple[Any, list[str]]:
+            return read(kind, parse_object(body))
+
+        request, unknown = work() if len(body) < BIG_BODY else await asyncio.to_thread(work)
+        if getattr(request, "stream_options", None) is not None and not request.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         for name in unknown:
             self._server.metrics.unknown_fields.inc()
             if name not in self._server.unknown_seen and len(self._server.unknown_seen) < 1000:
@@ -647,6 +691,18 @@ class _Handlers:
                 f"the model {name[:100]!r} does not exist: this server has {self._server.name!r}",
                 param="model",
                 code="model_not_found",
+            )
+
+    def _check_length(self, size: int, param: str) -> None:
+        """Refuses a text that cannot fit the context before it is tokenized."""
+        context, longest = self._server.ready_engine().context, self._server.longest_token
+        if size > context * longest:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {context} tokens, but the text of {size} bytes has "
+                f"more than {size // longest} tokens.",
+                param=param,
+                code="context_length_exceeded",
             )
 
     def _check_ids(self, ids: Sequence[int], param: str) -> None:
@@ -686,29 +742,35 @@ class _Handlers:
                     "response_format.type must be text, json_object or json_schema",
                     param="response_format",
                 )
-        options = {
-            "json": request.guided_json,
-            "regex": request.guided_regex or request.regex,
-            "choice": request.guided_choice,
-            "grammar": request.guided_grammar or request.grammar,
-        }
+        options: list[tuple[str, Any]] = [
+            ("json", request.guided_json),
+            ("regex", request.guided_regex),
+            ("regex", request.regex),
+            ("choice", request.guided_choice),
+            ("grammar", request.guided_grammar),
+            ("grammar", request.grammar),
+        ]
         for name, value in (request.structured_outputs or {}).items():
             if name == "json_object":
                 if value:
                     found.append(ConstraintSpec("json_object", ""))
-            elif name not in options:
+            elif name not in ("json", "regex", "choice", "grammar"):
                 raise ApiError(
                     400, f"structured_outputs.{name[:40]} is not supported", param="structured_outputs"
                 )
-            elif value is not None:
-                options[name] = value
-        for name, value in options.items():
+            else:
+                options.append((name, value))
+        for name, value in options:
             if value is None:
                 continue
             if name == "json":
                 schema(value, "guided_json")
             elif name == "choice":
-                if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+                if (
+                    not isinstance(value, list)
+                    or not value
+                    or not all(isinstance(c, str) and c for c in value)
+                ):
                     raise ApiError(400, "a choice needs a list of texts", param="guided_choice")
                 found.append(ConstraintSpec("choice", json.dumps(value)))
             elif not isinstance(value, str):
@@ -718,6 +780,15 @@ class _Handlers:
         if len(found) > 1:
             raise ApiError(400, "only one constraint on the output can be given", param="response_format")
         return found[0] if found else None
+
+
+def _text_bytes(value: Any) -> int:
+    """Bytes of the texts in a request's messages, at most: those of a character that is not ASCII count 1."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_text_bytes(value[key]) for key in ("content", "text") if key in value)
+    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
 
 
 _STREAM = [

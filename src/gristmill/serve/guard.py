@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +25,7 @@ __all__ = ["OPEN_ROUTES", "Guard", "read_body"]
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 """Routes that need no key. The page's own files do not either: what it shows comes through keyed routes."""
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 
 
@@ -110,18 +112,30 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._settings.max_body_mb * 1e6:
             raise too_large(self._settings)
+        self._check_origin(scope, headers)
         if self._settings.loopback:
             self._check_host(headers.get("host", ""))
         preflight = scope["method"] == "OPTIONS" and self._settings.allowed_origins
         if self._keys and path not in OPEN_ROUTES and not preflight and not self._page(path):
             self._check_key(headers)
 
+    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Keeps pages of other sites from making the server work, though they could not read the answer."""
+        if scope["method"] != "POST":
+            return
+        origin, allowed = headers.get("origin"), self._settings.allowed_origins
+        if "*" in allowed or (origin is not None and origin in allowed):
+            return
+        own = f"{scope.get('scheme', 'http')}://{headers.get('host', '')}"
+        if (origin is not None and origin != own) or headers.get("sec-fetch-site") == "cross-site":
+            raise ApiError(403, "this origin is not allowed (--allowed-origins)", code="origin_not_allowed")
+
     def _check_host(self, host: str) -> None:
         """Keeps pages of other sites, whose names point at this machine, out."""
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         name = name.strip("[]").lower()
         local = name in ("localhost", "::1", "") or re.fullmatch(r"127(\.\d{1,3}){3}", name)
-        if not local and name not in self._settings.allowed_hosts:
+        if not local and name not in {one.lower() for one in self._settings.allowed_hosts}:
             raise ApiError(403, "this server answers to local names only", code="host_not_allowed")
 
     def _check_key(self, headers: dict[str, str]) -> None:
@@ -162,14 +176,14 @@ class Guard:
         )
         shown = status or 499
         self._metrics().http.labels(
-            route, scope["method"] if len(scope["method"]) < 8 else "other", shown
+            route, scope["method"] if scope["method"] in _METHODS else "other", shown
         ).inc()
         if self._settings.access_log and path not in _QUIET:
             client = scope.get("client")
             logs.event(
                 "request",
                 method=scope["method"][:16],
-                path=path[:200],
+                path=quote(path[:200], safe="/:"),
                 status=shown,
                 seconds=round(seconds, 4),
                 client=client[0] if client else "-",

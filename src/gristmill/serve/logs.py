@@ -33,7 +33,7 @@ class _Text(logging.Formatter):
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         fields = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
         text = f"{record.levelname} {at} {record.name} {record.getMessage()} {fields}".rstrip()
-        text = text.replace("\n", " ").replace("\r", " ")
+        text = "".join(c if c.isprintable() else " " for c in text)
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import UsageError
@@ -48,7 +48,7 @@ class _Sampling(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     stop: str | Annotated[list[str], Field(max_length=LIMITS["stop"])] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
@@ -61,7 +61,7 @@ class _Sampling(BaseModel):
     truncate_prompt_tokens: int | None = Field(None, ge=1)
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], Field(max_length=1024)] | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
     regex: str | None = None
@@ -72,11 +72,11 @@ class _Sampling(BaseModel):
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=LIMITS["messages"])]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=LIMITS["top_logprobs"])
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=LIMITS["tools"])] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -84,10 +84,43 @@ class ChatRequest(_Sampling):
     include_reasoning: bool | None = None
 
 
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "maxItems": 1 << 20}
+_PROMPTS: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        _IDS,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}, "maxItems": LIMITS["prompts"]},
+    ]
+}
+
+
+def _ids(value: object) -> object:
+    """Token ids, looked at up to the first thing that is none."""
+    if isinstance(value, list) and len(value) <= 1 << 20 and all(type(one) is int for one in value):
+        return value
+    raise ValueError("it must be a list of token ids")
+
+
+def _uniform(prompt: object) -> object:
+    """A text, texts, token ids, or lists of those; looked at once, up to the first thing that is neither."""
+
+    def ids(value: object) -> bool:
+        return isinstance(value, list) and all(type(one) is int for one in value)
+
+    if isinstance(prompt, str) or (isinstance(prompt, list) and (not prompt or ids(prompt))):
+        return prompt
+    if isinstance(prompt, list):
+        if len(prompt) > LIMITS["prompts"]:
+            raise ValueError(f"a prompt must be a text, token ids, or at most {LIMITS['prompts']} of those")
+        if all(isinstance(one, str) for one in prompt) or all(ids(one) for one in prompt):
+            return prompt
+    raise ValueError("a prompt must be a text, token ids, or a list of either")
+
+
 class CompletionRequest(_Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[Any, BeforeValidator(_uniform), WithJsonSchema(_PROMPTS)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=LIMITS["top_logprobs"])
     best_of: int | None = None
@@ -103,7 +136,9 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     content: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(max_length=LIMITS["messages"])] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=LIMITS["tools"])] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     add_special: bool | None = None
     return_token_strs: bool | None = None
@@ -115,7 +150,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=1 << 20)
+    tokens: Annotated[Any, BeforeValidator(_ids), WithJsonSchema(_IDS)]
 
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {

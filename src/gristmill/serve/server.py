@@ -24,6 +24,7 @@ from gristmill.errors import GristmillError, UsageError
 from gristmill.serve import logs
 from gristmill.serve.app import Server, make_app
 from gristmill.serve.settings import LIMITS, Settings
+from gristmill.serve.worker import HelperPool
 
 __all__ = ["run"]
 
@@ -108,6 +109,23 @@ def _protocol(seconds: float) -> type[H11Protocol]:
     return Protocol
 
 
+class _Helpers:
+    """Helpers for texts, and one for constraints, which may be slow."""
+
+    def __init__(self, texts: HelperPool, constraints: HelperPool) -> None:
+        self._texts = texts
+        self._constraints = constraints
+        self.render = texts.render
+        self.tokenize = texts.tokenize
+        self.check_constraint = constraints.check_constraint
+
+    async def start(self) -> None:
+        await asyncio.gather(self._texts.start(), self._constraints.start())
+
+    async def close(self) -> None:
+        await asyncio.gather(self._texts.close(), self._constraints.close())
+
+
 class _Run:
     def __init__(
         self, model: str, settings: Settings, listener: socket.socket, announce: Callable[[str], None]
@@ -116,7 +134,7 @@ class _Run:
         self._settings = settings
         self._listener = listener
         self._announce = announce
-        self._server = Server(settings, settings.served_model_name or model)
+        self._server = Server(settings, settings.served_model_name or _name_of(model))
         self._code = 0
         self._signals = 0
         self._stopping = asyncio.Event()
@@ -141,7 +159,7 @@ class _Run:
             timeout_keep_alive=int(max(1, settings.keep_alive_timeout)),
             limit_concurrency=settings.max_connections,
             h11_max_incomplete_event_size=LIMITS["header_bytes"],
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=int(max(5, settings.write_timeout)),
             ssl_keyfile=settings.ssl_keyfile,
             ssl_certfile=settings.ssl_certfile,
         )
@@ -179,7 +197,6 @@ class _Run:
         """Loads the model beside the event loop."""
         from gristmill.api import load
         from gristmill.serve.constraints import Constraints
-        from gristmill.serve.worker import HelperPool
 
         settings, server = self._settings, self._server
         began = time.perf_counter()
@@ -206,12 +223,17 @@ class _Run:
             return model, engine
 
         self._model, self._engine = model, engine = await asyncio.to_thread(work)
-        helpers = HelperPool(model.path, model.executor.vocab_size, settings.helpers)
-        server.texts = helpers
+        server.texts = helpers = _Helpers(
+            HelperPool(model.path, model.executor.vocab_size, settings.helpers),
+            HelperPool(model.path, model.executor.vocab_size, 1),
+        )
         await helpers.start()
         server.tokenizer = model.tokenizer
         server.defaults = model.defaults
         server.vocab_size = model.executor.vocab_size
+        server.longest_token = max(
+            len(model.tokenizer.token_bytes(i)) for i in range(model.tokenizer.vocab_size)
+        )
         template = model.chat_template
         server.chat = template is not None
         server.reasoning = (
@@ -276,7 +298,11 @@ class _Run:
             await asyncio.sleep(_WATCH_SECONDS)
             if self._engine is None:
                 continue
-            status, now = self._engine.status(), time.monotonic()
+            try:
+                status, now = self._engine.status(), time.monotonic()
+            except Exception:
+                logs.logger.exception("the engine's status cannot be told")
+                continue
             if status.alive:
                 dead_since = None
             elif dead_since is None:
@@ -308,6 +334,12 @@ class _Run:
                         prefix_hits=status.counters.get("prefix_hits", 0),
                     )
                 told, last = now, counts
+
+
+def _name_of(model: str) -> str:
+    """A model's name in the API: of one that is on this machine, without where it is."""
+    path = Path(model)
+    return path.stem if path.is_file() else path.resolve().name if path.is_dir() else model
 
 
 def check_model(model: object) -> str:

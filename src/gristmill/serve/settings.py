@@ -24,6 +24,7 @@ LIMITS = {
     "stop": 16,
     "stop_chars": 256,
     "logit_bias": 1024,
+    "messages": 4096,
     "tools": 128,
     "json_depth": 64,
     "schema_bytes": 1 << 16,
@@ -100,8 +101,11 @@ class Settings(BaseModel):
     @field_validator("api_key", "allowed_origins", "allowed_hosts", mode="before")
     @classmethod
     def _several(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
+        if value == "":
+            raise ValueError("it is empty")
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+            return tuple(one.strip() for part in parts for one in part.split(",") if one.strip())
         return value
 
     @field_validator("api_key")

@@ -38,11 +38,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ApiError(400, f"the key {twice[:40]!r} is given twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ApiError(400, f"the key {name[:40]!r} is given twice")
+        result[name] = value
     return result
 
 

@@ -10,7 +10,10 @@ content; the models of these families have them as ordinary tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,16 +49,21 @@ class OutputParser:
     """Divides text, as it comes, into content, reasoning and tool calls.
 
     Attributes: calls, the number of tool calls so far. A call is given when it is complete: until then it may
-    turn out to be content. The pieces do not depend on how the text is cut.
+    turn out to be content. The pieces do not depend on how the text is cut. Takes linear time.
     """
 
-    def __init__(self, *, tools: bool = False, reasoning: bool = False) -> None:
+    def __init__(
+        self, *, tools: bool = False, reasoning: bool = False, starts_in_reasoning: bool = False
+    ) -> None:
+        """starts_in_reasoning: the prompt ends with `<think>`; needs reasoning."""
+        self._state = "reasoning" if reasoning and starts_in_reasoning else "content"
         self._tools = tools
         self._reasoning = reasoning
-        self._state = "content"
         self._held = ""
         self._call: list[str] = []
+        self._call_start = ""
         self._call_size = 0
+        self._call_state = ""
         self._trim = False
         """White space between the reasoning and the answer is dropped."""
         self.calls = 0
@@ -65,13 +73,14 @@ class OutputParser:
         out: list[Delta] = []
         text = self._held + text
         self._held = ""
-        while text:
+        at = 0
+        while at < len(text):
             if self._state == "content":
-                text = self._content(text, out)
+                at = self._content(text, at, out)
             elif self._state == "reasoning":
-                text = self._until(_THINK_END, text, out)
+                at = self._until(_THINK_END, text, at, out)
             else:
-                text = self._in_call(text, out)
+                at = self._in_call(text, at, out)
         return _joined(out)
 
     def finish(self) -> list[Delta]:
@@ -79,82 +88,109 @@ class OutputParser:
         out: list[Delta] = []
         if self._state == "call":
             body = "".join(self._call) + self._held
-            call = self._parse(body)
-            self._emit(out, call if call is not None else Delta(content=_CALL + body))
+            call = self._parse(body) if self._call_size + len(self._held) <= _MAX_CALL else None
+            self._emit(out, call if call is not None else Delta(content=self._call_start + body))
         elif self._held:
             held = self._held
             self._emit(out, Delta(reasoning=held) if self._state == "reasoning" else Delta(content=held))
         self._held, self._call, self._state = "", [], "content"
         return _joined(out)
 
-    def _content(self, text: str, out: list[Delta]) -> str:
+    # Each takes the text from `at`, and says how far it came.
+
+    def _content(self, text: str, at: int, out: list[Delta]) -> int:
         if self._trim:
-            text = text.lstrip()
-            if not text:
-                return ""
+            at = len(text) - len(text[at:].lstrip())
+            if at == len(text):
+                return at
             self._trim = False
         markers = [_CALL] * self._tools + [_THINK] * self._reasoning
-        found = [(at, marker) for marker in markers if (at := text.find(marker)) >= 0]
-        if not found:
-            keep = max((_unfinished(text, marker) for marker in markers), default=0)
-            self._emit(out, Delta(content=text[: len(text) - keep]))
+        found = re.compile("|".join(markers)).search(text, at) if markers else None
+        if found is None:
+            keep = max((_unfinished(text, at, marker) for marker in markers), default=0)
+            self._emit(out, Delta(content=text[at : len(text) - keep]))
             self._held = text[len(text) - keep :]
-            return ""
-        at, marker = min(found)
-        self._emit(out, Delta(content=text[:at]))
-        if marker == _CALL:
-            self._state, self._call, self._call_size = "call", [], 0
+            return len(text)
+        self._emit(out, Delta(content=text[at : found.start()]))
+        if found[0] == _CALL:
+            self._state, self._call_state = "call", "new"
+            self._call, self._call_start, self._call_size = [], _CALL, 0
         else:
             self._state = "reasoning"
-        return text[at + len(marker) :]
+        return found.end()
 
-    def _until(self, end: str, text: str, out: list[Delta]) -> str:
-        at = text.find(end)
-        if at < 0:
-            keep = _unfinished(text, end)
-            self._emit(out, Delta(reasoning=text[: len(text) - keep]))
+    def _until(self, end: str, text: str, at: int, out: list[Delta]) -> int:
+        found = text.find(end, at)
+        if found < 0:
+            keep = _unfinished(text, at, end)
+            self._emit(out, Delta(reasoning=text[at : len(text) - keep]))
             self._held = text[len(text) - keep :]
-            return ""
-        self._emit(out, Delta(reasoning=text[:at]))
+            return len(text)
+        self._emit(out, Delta(reasoning=text[at:found]))
         self._state, self._trim = "content", True
         self._reasoning = False  # an answer has one at most
-        return text[at + len(end) :]
+        return found + len(end)
 
-    def _in_call(self, text: str, out: list[Delta]) -> str:
-        at = text.find(_CALL_END)
-        if at < 0:
-            keep = _unfinished(text, _CALL_END)
-            self._call.append(text[: len(text) - keep])
-            self._call_size += len(text) - keep
-            self._held = text[len(text) - keep :]
-            if self._call_size > _MAX_CALL:
-                self._emit(out, Delta(content=_CALL + "".join(self._call)))
-                self._call, self._state = [], "content"
-            return ""
-        body = "".join(self._call) + text[:at]
-        call = self._parse(body)
-        self._emit(out, call if call is not None else Delta(content=_CALL + body + _CALL_END))
+    def _in_call(self, text: str, at: int, out: list[Delta]) -> int:
+        end = self._call_end(text, at)
+        if end is None:
+            keep = len(self._held)
+            self._call.append(text[at : len(text) - keep])
+            self._call_size += len(text) - keep - at
+            if self._call_size > _MAX_CALL:  # content up to its end, and need not wait for it
+                self._emit(out, Delta(content=self._call_start + "".join(self._call)))
+                self._call, self._call_start = [], ""
+            return len(text)
+        body = "".join(self._call) + text[at:end]
+        call = self._parse(body) if self._call_size + end - at <= _MAX_CALL else None
+        self._emit(out, call if call is not None else Delta(content=self._call_start + body + _CALL_END))
         self._call, self._state = [], "content"
-        return text[at + len(_CALL_END) :]
+        return end + len(_CALL_END)
+
+    def _call_end(self, text: str, at: int) -> int | None:
+        """Where the end marker is. A marker within a JSON string is none.
+
+        Without one, `_held` gets what must be looked at again together with what follows.
+        """
+        while at < len(text):
+            if self._call_state == "new":
+                if text[at].isspace():
+                    at += 1
+                    continue
+                self._call_state = "json" if text[at] == "{" else "other"
+            found = _NEXT[self._call_state].search(text, at)
+            if found is None:
+                if self._call_state != "string":
+                    self._held = text[len(text) - _unfinished(text, at, _CALL_END) :]
+                return None
+            sign, at = found[0], found.end()
+            if sign == _CALL_END:
+                return found.start()
+            if sign == '"':
+                self._call_state = "json" if self._call_state == "string" else "string"
+            elif sign == "\\":
+                if at == len(text):
+                    self._held = sign
+                elif text[at] in '"\\':
+                    at += 1
+            else:
+                self._call_state = "other"  # JSON has no line breaks in strings: a quote was too many
+        return None
 
     def _parse(self, body: str) -> Delta | None:
         """The call, None if it is not one."""
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
+        value = _json(body)
         if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return None
-        if not isinstance(arguments, dict):
+            arguments = _json(arguments)
+        if not isinstance(arguments, dict) or not _whole(value["name"]):
             return None
-        index, self.calls = self.calls, self.calls + 1
         text = json.dumps(arguments, ensure_ascii=False)
+        if not _whole(text):
+            text = json.dumps(arguments)
+        index, self.calls = self.calls, self.calls + 1
         return Delta(index=index, id=f"call_{secrets.token_hex(12)}", name=value["name"], arguments=text)
 
     def _emit(self, out: list[Delta], delta: Delta) -> None:
@@ -162,9 +198,41 @@ class OutputParser:
             out.append(delta)
 
 
-def _unfinished(text: str, marker: str) -> int:
-    """Length of the longest end of the text with which the marker begins."""
-    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+_NEXT = {
+    "json": re.compile(f'"|{_CALL_END}'),
+    "string": re.compile(r'["\\\x00-\x1f]'),
+    "other": re.compile(_CALL_END),
+}
+"""What to look for in a call: between strings, in a string, and in what is not JSON."""
+
+
+def _json(text: str) -> Any:
+    """What JSON says; None for what is not JSON, or holds numbers that no one could send on."""
+    try:
+        return json.loads(text, parse_constant=_refused, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refused(name: str) -> None:
+    raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(text)
+    return value
+
+
+def _whole(text: str) -> bool:
+    """Whether there are no halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _unfinished(text: str, at: int, marker: str) -> int:
+    """Length of the longest end of text[at:] with which the marker begins."""
+    for length in range(min(len(marker) - 1, len(text) - at), 0, -1):
         if text.endswith(marker[:length]):
             return length
     return 0
@@ -173,15 +241,18 @@ def _unfinished(text: str, marker: str) -> int:
 def _joined(deltas: list[Delta]) -> list[Delta]:
     """Neighbours of one kind as one."""
     out: list[Delta] = []
-    for delta in deltas:
-        last = out[-1] if out else None
-        if last is not None and last.content and delta.content:
-            out[-1] = Delta(content=last.content + delta.content)
-        elif last is not None and last.reasoning and delta.reasoning:
-            out[-1] = Delta(reasoning=last.reasoning + delta.reasoning)
+    for kind, group in itertools.groupby(deltas, _kind):
+        if kind == "call":
+            out += group
+        elif kind == "content":
+            out.append(Delta(content="".join(one.content or "" for one in group)))
         else:
-            out.append(delta)
+            out.append(Delta(reasoning="".join(one.reasoning or "" for one in group)))
     return out
+
+
+def _kind(delta: Delta) -> str:
+    return "call" if delta.index is not None else "content" if delta.content else "reasoning"
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -201,6 +272,8 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise UsageError(f"{where}.function.parameters must be a JSON schema")
+        if schema and schema.get("type", "object") != "object":
+            raise UsageError(f"{where}.function.parameters must be the schema of an object")
         if not isinstance(function.get("description", ""), str | None):
             raise UsageError(f"{where}.function.description must be a text")
         result[name] = schema or {"type": "object"}
@@ -268,8 +341,11 @@ def _call(call: object, where: str) -> dict[str, Any]:
 def constraint_for(
     tools: Sequence[Mapping[str, Any]], tool_choice: str | Mapping[str, Any] | None, parallel: bool = True
 ) -> ConstraintSpec | None:
-    """The form that the answer must have where a call is required; None where it is free."""
-    from gristmill.serve.constraints import ConstraintSpec
+    """The form that the answer must have where a call is required; None where it is free.
+
+    UsageError for parameters that cannot be followed.
+    """
+    from gristmill.serve.constraints import ConstraintSpec, check_schema
 
     if tool_choice in (None, "none", "auto"):
         return None
@@ -278,17 +354,14 @@ def constraint_for(
         name = _chosen(tool_choice)
         functions = {key: value for key, value in functions.items() if key == name}
         parallel = False
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, schema in functions.items()
-    ]
     compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    schema = json.dumps({"x-guidance": compact, **(calls[0] if len(calls) == 1 else {"anyOf": calls})})
     many = '("\\n" call){0,7}' if parallel else ""
-    grammar = f'start: call {many}\ncall: "{_CALL}\\n" body "\\n{_CALL_END}"\nbody: %json {schema}\n'
-    return ConstraintSpec("grammar", grammar)
+    either = " | ".join(f"f{number}" for number in range(len(functions)))
+    rules = [f"start: call {many}", f'call: "{_CALL}\\n" ({either}) "\\n{_CALL_END}"']
+    for number, (name, schema) in enumerate(functions.items()):
+        check_schema(schema)
+        # A schema of its own for each: `#/$defs` and the like count from its root.
+        whole = json.dumps({"x-guidance": compact, "type": "object", **schema})
+        before = json.dumps(f'{{"name": "{name}", "arguments": ')
+        rules += [f'f{number}: {before} a{number} "}}"', f"a{number}: %json {whole}"]
+    return ConstraintSpec("grammar", "\n".join(rules).replace("\x7f", "\\u007f") + "\n")
