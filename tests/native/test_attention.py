@@ -120,6 +120,7 @@ class Layer:
         cuts: tuple[int, ...] = (),
         parts: int = 1,
         fill: int = 255,
+        *,
         mapped: bool = False,
     ) -> F32:
         """The whole sequence, in steps that end at `cuts`; the cache starts as NaN."""
