@@ -127,7 +127,7 @@ def test_every_route_but_health_needs_the_key() -> None:
     settings = Settings(api_key=("sesame", "other"))
     files, paths = page()
     app: Any = make_app(Server(settings, "m"), files, paths)
-    routes = [route for route in app._app.routes if hasattr(route, "methods")]
+    routes = [route for route in app._app.routes if route.path not in paths]
     assert len(routes) > 15
 
     async def main() -> None:

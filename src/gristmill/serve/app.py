@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gristmill.engine.request import Constraint, ContextLengthExceeded, Output, Request, Status
@@ -155,7 +155,8 @@ def make_app(server: Server, page: ASGIApp | None = None, page_paths: Sequence[s
         routes.append(_route(path, handlers.refuse(what), "POST"))
     paths = frozenset(route.path for route in routes if isinstance(route, Route))
     if page is not None:
-        routes.append(Mount("/", page))
+        # Each file by its path: a mount would hide that other paths exist, but with another method.
+        routes += [Route(path, _Endpoint(page), methods=["GET"]) for path in page_paths]
 
     async def not_found(request: Any, error: Exception) -> Any:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -204,7 +205,7 @@ class _Json:
 class _Endpoint:
     """An ASGI application: a handler, and its errors as answers."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler | ASGIApp) -> None:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
