@@ -15,6 +15,7 @@ from gristmill.errors import GristmillError, UsageError
 from gristmill.io.convert import prepare
 from gristmill.io.tokenizer import Tokenizer
 from gristmill.serve.constraints import Constraints, ConstraintSpec, check_schema
+from gristmill.serve.tools import OutputParser, constraint_for
 
 TOKENS = 49152
 WIDTH = TOKENS + 64
@@ -209,6 +210,58 @@ def test_large_specs_compile_in_time(constraints: Constraints, spec: ConstraintS
     began = time.process_time()
     constraints.check(spec)
     assert time.process_time() - began < 2
+
+
+def tool(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def referring(kind: str) -> dict[str, Any]:
+    """Parameters with definitions, as pydantic writes them."""
+    return {
+        "$defs": {"Place": {"type": kind}},
+        "type": "object",
+        "properties": {"place": {"$ref": "#/$defs/Place"}},
+        "required": ["place"],
+        "additionalProperties": False,
+    }
+
+
+def test_required_calls(constraints: Constraints, tokenizer: Tokenizer) -> None:
+    tools = [tool("first", referring("string")), tool("second", referring("integer")), tool("third", None)]
+    first, second, third = (
+        f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+        for name, arguments in (
+            ("first", '{"place": "a </tool_call> b"}'),
+            ("second", '{"place": 3}'),
+            ("third", '{"any": [1]}'),
+        )
+    )
+    wrong = second.replace("3", '"3"')
+    named = {"type": "function", "function": {"name": "second"}}
+
+    def may(text: str, choice: Any, parallel: bool = True) -> bool:
+        spec = constraint_for(tools, choice, parallel)
+        assert spec is not None
+        constraints.check(spec)
+        return allows(constraints, tokenizer, spec, text)
+
+    for text in (first, second, third, f"{first}\n{second}\n{third}"):
+        assert may(text, "required")
+        parser = OutputParser(tools=True)
+        deltas = [one for one in parser.push(text) + parser.finish() if one.index is not None]
+        assert len(deltas) == parser.calls == text.count("arguments")
+        assert first not in text or json.loads(deltas[0].arguments or "") == {"place": "a </tool_call> b"}
+    assert not may(wrong, "required")
+    assert not may("Sure: " + first, "required")
+    assert not may(f"{first}\n{second}", "required", False)
+    assert may(second, named)
+    assert not may(first, named)
+    assert not may(f"{second}\n{second}", named)
+    with pytest.raises(UsageError, match="uniqueItems"):
+        constraint_for([tool("f", {"type": "object", "uniqueItems": True})], "required")
+    with pytest.raises(UsageError, match="x-guidance"):
+        constraint_for([tool("f", {"type": "object", "x-guidance": {"lenient": True}})], "required")
 
 
 def test_the_work_for_a_token_is_bounded(constraints: Constraints) -> None:
