@@ -215,6 +215,8 @@ class _Endpoint:
             known = translate(error)
             if known.status == 500 and known.code == "internal_error":
                 raise
+            if known.status == 499:  # nobody is there to be told
+                raise known from None
             await send_error(send, known)
 
 
@@ -397,6 +399,7 @@ class _Handlers:
         server = self._server
         server.ready_engine()
         request = await self._read(ChatRequest, receive)
+        began = time.monotonic()
         if not server.chat:
             raise ApiError(
                 400, f"{server.name} has no chat template: use /v1/completions", code="no_chat_template"
@@ -424,7 +427,7 @@ class _Handlers:
         rendering = server.texts.render(
             for_template(request.messages), tools=shown, variables=request.chat_template_kwargs
         )
-        ids = await _while_there(receive, rendering, server.settings.request_timeout)
+        ids = await _while_there(receive, rendering, self._left(request, began))
         if request.truncate_prompt_tokens is not None:
             ids = ids[-request.truncate_prompt_tokens :]
         answer = Chat(
@@ -437,7 +440,14 @@ class _Handlers:
             reasoning=server.reasoning and spec is None,
         )
         await self._answer(
-            (scope, receive, send), request, answer, prompts=[ids], params=params, count=count, spec=spec
+            (scope, receive, send),
+            request,
+            answer,
+            prompts=[ids],
+            params=params,
+            count=count,
+            spec=spec,
+            began=began,
         )
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -445,6 +455,7 @@ class _Handlers:
         server = self._server
         server.ready_engine()
         request = await self._read(CompletionRequest, receive)
+        began = time.monotonic()
         assert server.texts is not None
         assert server.tokenizer is not None
         given = request.prompt
@@ -468,11 +479,13 @@ class _Handlers:
                 if cut is None:
                     self._check_length(len(prompt.encode()), "prompt")
                 tokenizing = server.texts.tokenize(prompt, add_special=special)
-                ids.append(await _while_there(receive, tokenizing, server.settings.request_timeout))
+                ids.append(await _while_there(receive, tokenizing, self._left(request, began)))
             else:
                 ids.append(prompt if cut is None else prompt[-cut:])
                 if len(ids[-1]) > server.ready_engine().context:
-                    raise ContextLengthExceeded(len(ids[-1]), server.ready_engine().context)
+                    known = translate(ContextLengthExceeded(len(ids[-1]), server.ready_engine().context))
+                    known.param = "prompt"
+                    raise known
                 self._check_ids(ids[-1], "prompt")
             if not ids[-1]:
                 raise ApiError(400, "a prompt is empty", param="prompt")
@@ -506,6 +519,7 @@ class _Handlers:
             params=params,
             count=count,
             spec=spec,
+            began=began,
             scores=scores,
             continues=True,
         )
@@ -520,19 +534,18 @@ class _Handlers:
         params: SamplingParams,
         count: int,
         spec: ConstraintSpec | None,
+        began: float,
         scores: int | None = None,
         continues: bool = False,
     ) -> None:
         """Runs the prompts and sends what they say."""
         scope, receive, send = call
-        server, settings = self._server, self._server.settings
+        server = self._server
         engine = server.ready_engine()
-        began = time.monotonic()
-        seconds = min(settings.request_timeout, request.timeout or settings.request_timeout)
         constraint = None
         if spec is not None:
             assert server.texts is not None
-            await _while_there(receive, server.texts.check_constraint(spec), seconds)
+            await _while_there(receive, server.texts.check_constraint(spec), self._left(request, began))
             if server.constraint is None:
                 raise ApiError(400, "constraints on the output are not available", param="response_format")
             constraint = await asyncio.to_thread(server.constraint, spec)
@@ -549,7 +562,7 @@ class _Handlers:
                     continues=continues,
                     prompt_logprobs=scores,
                     constraint=constraint,
-                    deadline=began + seconds,
+                    deadline=time.monotonic() + self._left(request, began),
                 )
                 streams.append(engine.stream(asked))
             outputs = self._outputs(streams, count, began)
@@ -564,9 +577,10 @@ class _Handlers:
         finally:
             for stream in streams:
                 await stream.aclose()  # type: ignore[attr-defined]
-            server.metrics.prompt.observe(answer.usage.prompt)
-            server.metrics.generation.observe(answer.usage.completion)
-            server.metrics.latency.observe(time.monotonic() - began)
+            if len(streams) == len(prompts):  # not those that were refused
+                server.metrics.prompt.observe(answer.usage.prompt)
+                server.metrics.generation.observe(answer.usage.completion)
+                server.metrics.latency.observe(time.monotonic() - began)
 
     async def _outputs(
         self, streams: list[AsyncIterator[Output]], count: int, began: float
@@ -639,7 +653,8 @@ class _Handlers:
         async def write(data: bytes, more: bool = True) -> None:
             nonlocal started
             try:
-                async with asyncio.timeout(self._server.settings.write_timeout):
+                # The connection itself is cut before, where nothing at all is read.
+                async with asyncio.timeout(self._server.settings.write_timeout + 2):
                     if not started:
                         started = True
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
@@ -676,8 +691,8 @@ class _Handlers:
         request, unknown = work() if len(body) < BIG_BODY else await asyncio.to_thread(work)
         if getattr(request, "stream_options", None) is not None and not request.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-        for name in unknown:
-            self._server.metrics.unknown_fields.inc()
+        self._server.metrics.unknown_fields.inc(len(unknown))
+        for name in unknown[:20]:
             if name not in self._server.unknown_seen and len(self._server.unknown_seen) < 1000:
                 self._server.unknown_seen.add(name)
                 logs.event("an unknown field was ignored", field=name[:60])
@@ -693,6 +708,11 @@ class _Handlers:
                 param="model",
                 code="model_not_found",
             )
+
+    def _left(self, request: Any, began: float) -> float:
+        """Seconds that a request may still take."""
+        most = self._server.settings.request_timeout
+        return max(0.0, began + min(most, request.timeout or most) - time.monotonic())
 
     def _check_length(self, size: int, param: str) -> None:
         """Refuses a text that cannot fit the context before it is tokenized."""

@@ -86,6 +86,7 @@ class Guard:
         except ApiError as error:
             if status == 0:
                 await send_error(answer, error)
+            status = error.status
         except asyncio.CancelledError:
             raise
         except Exception as error:

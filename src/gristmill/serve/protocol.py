@@ -195,6 +195,9 @@ _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_ident
 
 def read(kind: type[Any], value: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """A request of this kind, and the names of fields that nobody knows. ApiError 400 names what is wrong."""
+    bias = value.get("logit_bias")
+    if isinstance(bias, dict) and len(bias) > LIMITS["logit_bias"]:  # before each of them is looked at
+        raise ApiError(400, f"logit_bias may hold at most {LIMITS['logit_bias']} tokens", param="logit_bias")
     try:
         request = kind.model_validate(value)
     except ValidationError as error:
@@ -267,8 +270,6 @@ def sampling_of(request: Any, defaults: SamplingParams, vocab_size: int) -> Samp
 
 
 def _bias(value: Mapping[str, float], vocab_size: int) -> dict[int, float]:
-    if len(value) > LIMITS["logit_bias"]:
-        raise ApiError(400, f"logit_bias may hold at most {LIMITS['logit_bias']} tokens", param="logit_bias")
     result = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):

@@ -6,8 +6,10 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,12 @@ __all__ = ["run"]
 
 _WATCH_SECONDS = 0.5
 _STATS_SECONDS = 10.0
+_SPARE_FILES = 512
+"""Open files beside the connections: weights, KV memory, helpers."""
+_SPARE_CONNECTIONS = 64
+"""Beyond the limit, so that some can be told 503; others are closed unread."""
+_IGNORED_BYTES = 1 << 20
+"""Of a body that is read on after its answer was sent."""
 
 
 def run(model: str, settings: Settings, announce: Callable[[str], None]) -> int:
@@ -41,6 +49,7 @@ def run(model: str, settings: Settings, announce: Callable[[str], None]) -> int:
     logs.set_up(settings.log_format, settings.log_level)
     # The engine's thread must not wait long for an event loop that has much to say.
     sys.setswitchinterval(0.0005)
+    _allow_files(settings.max_connections + _SPARE_FILES)
     listener = _listen(settings)
     with listener:
         return asyncio.run(_Run(model, settings, listener, announce).main())
@@ -63,6 +72,16 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def _allow_files(wanted: int) -> None:
+    """Raises this process's limit on open files as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class _Http(uvicorn.Server):
     """uvicorn, without its own idea of signals."""
 
@@ -71,42 +90,79 @@ class _Http(uvicorn.Server):
         yield
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
-    """HTTP/1.1 whose requests' headers must come in time."""
+class _Connection(H11Protocol):
+    """HTTP/1.1 whose clients must send headers, and read answers, in time.
 
-    class Protocol(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
+    header_seconds, write_seconds, most: set by `_protocol`.
+    """
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._timer = self.loop.call_later(seconds, self._too_slow)
+    header_seconds: float
+    write_seconds: float
+    most: int
+    _timer: asyncio.TimerHandle | None = None
+    _ignored = 0
+    """Bytes that came for a request that has its answer."""
+    _unread = 0
+    _unread_since = 0.0
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+            return
+        self._timer = self.loop.call_later(self.header_seconds, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._unanswered:
+            self._ignored += len(data)
+            if self.conn.their_state is not h11.SEND_BODY:
+                self._ignored = 0
+            elif self._ignored > _IGNORED_BYTES:
+                self.transport.abort()
+        if self._unanswered:
             self._forget()
-            super().connection_lost(exc)
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.header_seconds, self._too_slow)
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            waiting = self.conn.their_state is h11.IDLE and (
-                self.cycle is None or self.cycle.response_complete
-            )
-            if not waiting:
-                self._forget()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(seconds, self._too_slow)
+    def expire(self, now: float) -> None:
+        """Cuts off a client that reads nothing of what waits for it."""
+        unread = self.transport.get_write_buffer_size()
+        if unread and unread == self._unread:
+            if now - self._unread_since > self.write_seconds:
+                self.transport.abort()
+        else:
+            self._unread, self._unread_since = unread, now
 
-        def _forget(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+    @property
+    def _unanswered(self) -> bool:
+        """Whether a request has come and waits for the rest of its answer."""
+        return self.cycle is not None and not self.cycle.response_complete
 
-        def _too_slow(self) -> None:
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
             self._timer = None
-            idle = self.conn.their_state is h11.IDLE
-            if idle and (self.cycle is None or self.cycle.response_complete):
-                self.transport.close()
 
-    return Protocol
+    def _too_slow(self) -> None:
+        self._timer = None
+        if not self._unanswered:
+            self.transport.close()
+
+
+def _protocol(settings: Settings) -> type[_Connection]:
+    """The class of this server's connections."""
+
+    class Connection(_Connection):
+        header_seconds = settings.header_timeout
+        write_seconds = settings.write_timeout
+        most = settings.max_connections + _SPARE_CONNECTIONS
+
+    return Connection
 
 
 class _Helpers:
@@ -141,6 +197,7 @@ class _Run:
         self._engine: Engine | None = None
         self._model: Any = None
         self._warming: asyncio.Task[None] | None = None
+        self._http: _Http | None = None
 
     async def main(self) -> int:
         from gristmill.serve.page_files import page
@@ -149,7 +206,7 @@ class _Run:
         files, paths = page()
         config = uvicorn.Config(
             cast(Any, make_app(self._server, files, paths)),
-            http=_protocol(settings.header_timeout),
+            http=_protocol(settings),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -163,7 +220,11 @@ class _Run:
             ssl_keyfile=settings.ssl_keyfile,
             ssl_certfile=settings.ssl_certfile,
         )
-        http = _Http(config)
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise GristmillError(f"cannot use the TLS certificate or key: {error}") from None
+        self._http = http = _Http(config)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal, number)
@@ -181,6 +242,9 @@ class _Run:
             stopping = asyncio.create_task(self._stopping.wait())
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
+            if not self._stopping.is_set():  # nobody asked for it
+                logs.event("the HTTP server has ended", logging.ERROR)
+                self._code = 1
             await self._drain()
             return self._code
         finally:
@@ -289,6 +353,7 @@ class _Run:
         except TimeoutError:
             left = self._engine.status()
             logs.event("requests are cut off", logging.WARNING, running=left.running, waiting=left.waiting)
+            await asyncio.to_thread(self._engine.close)  # their clients are told
 
     async def _watch(self) -> None:
         """Ends the server if the engine stays dead; tells now and then what it does."""
@@ -296,10 +361,14 @@ class _Run:
         told, last = time.monotonic(), {"prompt_tokens": 0, "generation_tokens": 0}
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            if self._http is not None:
+                for connection in list(self._http.server_state.connections):
+                    cast(_Connection, connection).expire(now)
             if self._engine is None:
                 continue
             try:
-                status, now = self._engine.status(), time.monotonic()
+                status = self._engine.status()
             except Exception:
                 logs.logger.exception("the engine's status cannot be told")
                 continue
