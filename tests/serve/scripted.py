@@ -12,6 +12,7 @@ from gristmill.engine.request import ContextLengthExceeded, EngineDead, Output, 
 from gristmill.engine.result import Result, Timings, TokenLogprob
 from gristmill.serve import server as real
 from gristmill.serve.settings import Settings
+from gristmill.serve.worker import Rendered
 
 CONTEXT = 1000
 
@@ -136,6 +137,8 @@ class Texts:
         self.seconds = 0.0
         """That everything takes."""
         self.cancelled = 0
+        self.in_reasoning = False
+        """Whether the template opens the reasoning."""
 
     async def _work(self) -> None:
         try:
@@ -144,9 +147,9 @@ class Texts:
             self.cancelled += 1
             raise
 
-    async def render(self, messages: Any, *, tools: Any = None, variables: Any = None) -> list[int]:
+    async def render(self, messages: Any, *, tools: Any = None, variables: Any = None) -> Rendered:
         await self._work()
-        return [ord(one) for one in str(messages[-1]["content"])]
+        return Rendered([ord(one) for one in str(messages[-1]["content"])], self.in_reasoning)
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         await self._work()

@@ -22,6 +22,7 @@ from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFul
 from gristmill.errors import GristmillError, TemplateError
 from gristmill.serve.errors import ApiError
 from gristmill.serve.strict_json import parse_object
+from gristmill.serve.worker import Rendered
 from tests.serve.scripted import CONTEXT, HANG, Engine, Run, Texts, serve
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -133,6 +134,35 @@ def test_echo_of_a_prompt_that_was_cut_is_what_was_scored() -> None:
             assert choice["logprobs"]["token_logprobs"] == [None, -2.0] + [-0.5] * 5
 
     assert serve(test) == 0
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_reasoning_that_the_prompt_begins(opened: bool) -> None:
+    texts = Texts()
+    texts.in_reasoning = opened
+
+    def told(answer: httpx.Response, stream: bool) -> tuple[str, str]:
+        if not stream:
+            message = answer.json()["choices"][0]["message"]
+            return message.get("reasoning_content", ""), message["content"]
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(answer.text)]
+        assert not any("content" in one and "reasoning_content" in one for one in deltas)
+        return tuple(  # type: ignore[return-value]
+            "".join(one.get(name, "") for one in deltas) for name in ("reasoning_content", "content")
+        )
+
+    def test(run: Run) -> None:
+        run.server.reasoning = True
+        for stream in (False, True):
+            expected = ("hm, so", "Yes.") if opened else ("", "hm, so</think>\n\nYes.")
+            assert told(chat(run, stream=stream), stream) == expected
+            # What must have a form is the answer from its first character on.
+            form = {"type": "json_object"}
+            assert told(chat(run, stream=stream, response_format=form), stream)[0] == ""
+        run.server.reasoning = False  # --reasoning-parser none
+        assert told(chat(run), False)[0] == ""
+
+    assert serve(test, Engine(["hm,", 0.05, " so</th", 0.05, "ink>\n", 0.05, "\nYes."]), texts) == 0
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -267,7 +297,7 @@ def test_the_time_of_a_request_begins_before_its_text_is_prepared() -> None:
 
 def test_a_template_that_fails_is_the_clients_error() -> None:
     class Broken(Texts):
-        async def render(self, messages: Any, *, tools: Any = None, variables: Any = None) -> list[int]:
+        async def render(self, messages: Any, *, tools: Any = None, variables: Any = None) -> Rendered:
             raise TemplateError("the chat template takes too long")
 
     def test(run: Run) -> None:

@@ -311,7 +311,7 @@ def with_pool(directory: Path, use: Any, workers: int = 1) -> None:
 
 def test_helpers_say_what_the_tokenizer_says(directory: Path, tokenizer: Tokenizer) -> None:
     async def use(pool: HelperPool) -> None:
-        assert await pool.render(MESSAGES) == tokenizer.encode_chat(MESSAGES)
+        assert (await pool.render(MESSAGES)).ids == tokenizer.encode_chat(MESSAGES)
         long = "rye and wheat. " * 2000
         assert await pool.tokenize(long) == tokenizer.encode(long)
         assert await pool.tokenize("short") == tokenizer.encode("short")
@@ -332,13 +332,13 @@ def test_a_helper_that_is_killed_or_cancelled_is_replaced(directory: Path, token
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
         await process.wait()
-        assert await pool.render(MESSAGES) == tokenizer.encode_chat(MESSAGES)
+        assert (await pool.render(MESSAGES)).ids == tokenizer.encode_chat(MESSAGES)
         task = asyncio.create_task(pool.tokenize("x " * 3_000_000))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await pool.render(MESSAGES) == tokenizer.encode_chat(MESSAGES)
+        assert (await pool.render(MESSAGES)).ids == tokenizer.encode_chat(MESSAGES)
         process = pool._helpers[0]._process
         assert process is not None
         os.kill(process.pid, signal.SIGSTOP)  # it hangs
@@ -347,6 +347,6 @@ def test_a_helper_that_is_killed_or_cancelled_is_replaced(directory: Path, token
             with pytest.raises(TemplateError, match="too long"):
                 await pool.render(MESSAGES)
         assert pool.restarts >= 1
-        assert await pool.render(MESSAGES) == tokenizer.encode_chat(MESSAGES)
+        assert (await pool.render(MESSAGES)).ids == tokenizer.encode_chat(MESSAGES)
 
     with_pool(directory, use)

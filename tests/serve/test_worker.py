@@ -21,7 +21,7 @@ from gristmill.errors import GristmillError, TemplateError, UsageError
 from gristmill.io.convert import prepare
 from gristmill.serve import worker
 from gristmill.serve.constraints import ConstraintSpec
-from gristmill.serve.worker import HelperPool
+from gristmill.serve.worker import HelperPool, Rendered
 
 MESSAGES = [{"role": "user", "content": "Hello, helper."}]
 SLOW = "{% for i in range(1000) %}" * 3 + "{% endfor %}" * 3
@@ -102,6 +102,44 @@ def test_hostile_templates_are_errors(directory: Path, tmp_path: Path, template:
     with_pool(with_template(directory, tmp_path / "hostile", template), use)
 
 
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("<|im_start|>assistant\n<think>\n", True),
+        ("<|im_end|><think>", True),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
+        ("<|im_start|>assistant\n", False),
+        ("", False),
+    ],
+)
+def test_reasoning_that_the_template_opens_is_told(
+    directory: Path, tmp_path: Path, end: str, expected: bool
+) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + end
+
+    async def use(pool: HelperPool) -> None:
+        for content in ("Hello.", "What does this do: <think>", "<think>\n"):
+            rendered = await pool.render([{"role": "user", "content": content}])
+            assert rendered.in_reasoning is expected
+            assert rendered.ids
+
+    with_pool(with_template(directory, tmp_path / "thinking", template), use)
+
+
+def test_a_model_without_a_template_says_so(directory: Path, tmp_path: Path) -> None:
+    target = with_template(directory, tmp_path / "none", "x")
+    (target / "chat_template.jinja").unlink()
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+
+    async def use(pool: HelperPool) -> None:
+        with pytest.raises(TemplateError, match="no chat template"):
+            await pool.render(MESSAGES)
+
+    with_pool(target, use)
+
+
 def test_hostile_constraints_leave_the_helper_alone(directory: Path) -> None:
     async def use(pool: HelperPool) -> None:
         before = pid(pool)
@@ -178,7 +216,7 @@ def test_too_many_questions_are_refused_at_once(directory: Path, monkeypatch: py
         refused = [result for result in results if isinstance(result, QueueFull)]
         assert len(refused) == 12
         assert refused[0].retry_after > 0
-        assert sum(isinstance(result, list) for result in results) == 8
+        assert sum(isinstance(result, Rendered) for result in results) == 8
         assert await pool.render(MESSAGES)
 
     with_pool(directory, use)

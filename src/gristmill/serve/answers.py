@@ -135,11 +135,15 @@ class Chat(Answer):
         logprobs: bool,
         tools: bool,
         reasoning: bool,
+        starts_in_reasoning: bool = False,
     ) -> None:
+        """reasoning, starts_in_reasoning: see `OutputParser`."""
         super().__init__(model, count, tokenizer, fingerprint)
         self._logprobs = logprobs
         for choice in self.choices:
-            choice.parser = OutputParser(tools=tools, reasoning=reasoning)
+            choice.parser = OutputParser(
+                tools=tools, reasoning=reasoning, starts_in_reasoning=starts_in_reasoning
+            )
 
     def chunks(self, output: Output, index: int) -> Iterable[bytes]:
         """What a stream sends for news of a choice."""

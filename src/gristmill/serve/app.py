@@ -38,6 +38,7 @@ from gristmill.version import __version__
 
 if TYPE_CHECKING:
     from gristmill.serve.constraints import ConstraintSpec
+    from gristmill.serve.worker import Rendered
 
 __all__ = ["ServedEngine", "Server", "make_app"]
 
@@ -83,7 +84,7 @@ class Texts(Protocol):
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
-    ) -> list[int]: ...
+    ) -> Rendered: ...
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]: ...
 
@@ -361,7 +362,7 @@ class _Handlers:
             rendering = texts.render(
                 for_template(request.messages), tools=request.tools, variables=request.chat_template_kwargs
             )
-            ids = await _while_there(receive, rendering, self._server.settings.request_timeout)
+            ids = (await _while_there(receive, rendering, self._server.settings.request_timeout)).ids
         elif request.tools or request.chat_template_kwargs:
             raise ApiError(400, "tools and chat_template_kwargs go with messages", param="tools")
         else:
@@ -427,7 +428,8 @@ class _Handlers:
         rendering = server.texts.render(
             for_template(request.messages), tools=shown, variables=request.chat_template_kwargs
         )
-        ids = await _while_there(receive, rendering, self._left(request, began))
+        rendered: Rendered = await _while_there(receive, rendering, self._left(request, began))
+        ids = rendered.ids
         if request.truncate_prompt_tokens is not None:
             ids = ids[-request.truncate_prompt_tokens :]
         answer = Chat(
@@ -438,6 +440,7 @@ class _Handlers:
             logprobs=bool(request.logprobs),
             tools=shown is not None,
             reasoning=server.reasoning and spec is None,
+            starts_in_reasoning=rendered.in_reasoning,
         )
         await self._answer(
             (scope, receive, send),

@@ -23,14 +23,24 @@ from gristmill.errors import UsageError
 from gristmill.serve.settings import LIMITS
 
 if TYPE_CHECKING:
+    from gristmill.io.chat import RenderedPrompt
     from gristmill.serve.constraints import ConstraintSpec
 
-__all__ = ["Delta", "OutputParser", "check_tools", "constraint_for", "for_template"]
+__all__ = ["Delta", "OutputParser", "begins_in_reasoning", "check_tools", "constraint_for", "for_template"]
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _THINK, _THINK_END = "<think>", "</think>"
 _MAX_CALL = 1 << 20
 """Characters of a call; a longer one is content."""
+
+
+def begins_in_reasoning(prompt: RenderedPrompt) -> bool:
+    """Whether the chat template itself ends with `<think>`, so that the answer begins inside the reasoning.
+
+    A message that ends so does not count.
+    """
+    end = prompt.marked.rstrip()
+    return end.endswith(_THINK) and not (prompt.marker and end.endswith(prompt.marker + _THINK))
 
 
 @dataclass(frozen=True)

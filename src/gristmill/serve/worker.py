@@ -14,14 +14,16 @@ import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gristmill.engine.request import QueueFull
 from gristmill.errors import GristmillError, TemplateError, UsageError
 from gristmill.serve.constraints import Constraints, ConstraintSpec
+from gristmill.serve.tools import begins_in_reasoning
 
-__all__ = ["HelperPool"]
+__all__ = ["HelperPool", "Rendered"]
 
 SHORT_TEXT = 4096
 """Characters that are tokenized on the spot."""
@@ -31,6 +33,16 @@ MAX_PENDING = 512
 START_SECONDS = 30.0
 _CLOSED = "the helper processes have been closed"
 _MAX_MESSAGE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Messages in the chat template."""
+
+    ids: list[int]
+    """Token ids."""
+    in_reasoning: bool
+    """The answer begins inside the reasoning, which the template has opened."""
 
 
 class HelperPool:
@@ -68,11 +80,10 @@ class HelperPool:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of messages in the chat template. TemplateError, UsageError."""
+    ) -> Rendered:
+        """Messages in the chat template. TemplateError, UsageError."""
         given = {"messages": list(messages), "tools": tools, "variables": variables}
-        result: list[int] = await self._ask("render", given)
-        return result
+        return Rendered(**await self._ask("render", given))
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of a text. UsageError."""
@@ -220,7 +231,10 @@ def _serve(directory: Path, vocab_size: int) -> None:
 def _answer(question: dict[str, Any], tokenizer: Any, constraints: Constraints) -> Any:
     if question["what"] == "render":
         options = {name: question[name] for name in ("tools", "variables") if question.get(name)}
-        return tokenizer.encode_chat(question["messages"], **options)
+        if tokenizer.chat_template is None:
+            raise TemplateError("the model has no chat template")
+        prompt = tokenizer.chat_template.render(question["messages"], **options)
+        return asdict(Rendered(tokenizer.encode_template(prompt), begins_in_reasoning(prompt)))
     if question["what"] == "tokenize":
         return tokenizer.encode(question["text"], question["add_special"])
     constraints.check(ConstraintSpec(question["kind"], question["text"]))
