@@ -14,7 +14,7 @@ import pytest
 from gristmill.errors import GristmillError, UsageError
 from gristmill.io.convert import prepare
 from gristmill.io.tokenizer import Tokenizer
-from gristmill.serve.constraints import Constraints, ConstraintSpec, check_schema
+from gristmill.serve.constraints import Constraints, ConstraintSpec, Watched, check_schema
 from gristmill.serve.tools import OutputParser, constraint_for
 
 TOKENS = 49152
@@ -286,3 +286,81 @@ def test_compiled_grammars_are_kept_within_a_bound(constraints: Constraints) -> 
     assert len(constraints._kept) == 64
     assert ConstraintSpec("regex", "a199") in constraints._kept
     assert ConstraintSpec("regex", "a0") not in constraints._kept
+
+
+class Scripted:
+    """A constraint that gives masks as they are told, and raises what is an exception."""
+
+    def __init__(self, *masks: Any) -> None:
+        self._masks = list(masks)
+
+    def mask(self, words: Any) -> bool:
+        mask = self._masks.pop(0)
+        if isinstance(mask, Exception):
+            raise mask
+        words.fill(0)
+        for token in mask or ():
+            words[token // 32] |= np.int32(1 << token % 32)
+        return mask is not None
+
+    def accept(self, token: int) -> None:
+        if token == 13:
+            raise GristmillError("13 is not allowed")
+
+
+def test_why_a_constraint_cannot_be_followed_is_remembered() -> None:
+    words = np.zeros(2, np.int32)
+    for masks, failures in (
+        ([[1], [5], [1, 40], [40]], [None, None, None, None]),
+        ([[40, 5]], ["before min_tokens"]),
+        ([[1], [5, 40]], [None, None]),
+        ([None, []], [None, "allows no further token"]),
+        ([[1], GristmillError("too much work")], [None, "too much work"]),
+    ):
+        made = Scripted(*masks)
+        watched = Watched(lambda made=made: made, frozenset({5, 40, 900}), 1)  # type: ignore[misc]
+        one = watched()
+        for mask, failure in zip(masks, failures, strict=True):
+            assert watched.failure is None
+            if failure is None:
+                assert one.mask(words) is (mask is not None)
+                one.accept(1)
+                continue
+            with pytest.raises(GristmillError, match=failure):
+                one.mask(words)
+            assert watched.failure is not None
+            assert failure in watched.failure
+    watched = Watched(lambda: Scripted([13]), frozenset(), 0)
+    one, other = watched(), watched()
+    with pytest.raises(GristmillError, match="13"):
+        one.accept(13)
+    assert watched.failure == "13 is not allowed"
+    assert other.mask(words)
+
+
+def test_a_fault_in_a_constraint_is_not_the_clients(caplog: pytest.LogCaptureFixture) -> None:
+    watched = Watched(lambda: Scripted(IndexError("inside")), frozenset(), 0)
+    with pytest.raises(GristmillError, match="IndexError"):
+        watched().mask(np.zeros(2, np.int32))
+    assert watched.failure is None
+
+
+def test_a_failure_does_not_carry_over(constraints: Constraints, tokenizer: Tokenizer) -> None:
+    """What one text makes of a grammar changes nothing for the next."""
+    spec = ConstraintSpec("regex", "(.{0,900}a.{0,900}){4}b")
+    words = np.zeros(-(-WIDTH // 32), np.int32)
+    lengths = []
+    for _ in range(2):
+        follower = constraints.factory(spec)()
+        taken: list[int] = []
+
+        def go_on(follower: Any = follower, taken: list[int] = taken) -> None:
+            for token in tokenizer.encode("the cat sat on a mat and had a nap. " * 50, add_special=False):
+                follower.mask(words)
+                follower.accept(token)
+                taken.append(token)
+
+        with pytest.raises(GristmillError, match="too many expressions"):
+            go_on()
+        lengths.append(len(taken))
+    assert lengths[0] == lengths[1] > 0

@@ -207,6 +207,41 @@ def test_schemas_that_cannot_be_followed(server: ServerProcess, number: int) -> 
     assert time.monotonic() - began < 6
 
 
+LATE = "Once upon a time there was a miller who had three sons and one cat: "
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"grammar": f'start: "{LATE}" X\nX: /[a&&b]/'}, "nothing is allowed after the text so far"),
+        (
+            {
+                "grammar": f'start: "{LATE}" X\nX: /(.{{0,900}}a.{{0,900}}){{4}}b/',
+                "temperature": 2,
+                "top_p": 1,
+                "seed": 1,
+            },
+            "too many expressions constructed",
+        ),
+        ({"guided_choice": ["yes", "no"], "min_tokens": 20}, "allows no further token before min_tokens"),
+    ],
+)
+def test_constraints_that_fail_in_the_middle_of_an_answer(
+    server: ServerProcess, fields: dict[str, Any], why: str
+) -> None:
+    body = {"messages": USER, "temperature": 0, "max_tokens": 100, **fields}
+    answer = post(server, body)
+    assert why in refused(answer)
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "constraint_failed")
+    *chunks, last = post(server, {**body, "stream": True}).text.removesuffix("\n\n").split("\n\n")
+    assert last == "data: [DONE]"
+    *said, told = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+    assert told == {"error": error}
+    text = "".join(one["choices"][0]["delta"].get("content", "") for one in said)
+    assert text.startswith(LATE[:40]) if "grammar" in fields else text in ("yes", "no")
+
+
 def test_schemas_that_are_hard(server: ServerProcess) -> None:
     tree = {
         "$defs": {"t": {"type": "object", "properties": {"l": {"$ref": "#/$defs/t"}, "v": {"type": "null"}}}}

@@ -16,7 +16,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gristmill.engine.request import Constraint, ContextLengthExceeded, Output, Request, Status
+from gristmill.engine.request import (
+    Constraint,
+    ContextLengthExceeded,
+    Output,
+    Request,
+    RequestFailed,
+    Status,
+)
 from gristmill.engine.sampling import SamplingParams
 from gristmill.serve import logs
 from gristmill.serve.answers import Chat, Completion
@@ -37,7 +44,7 @@ from gristmill.serve.strict_json import parse_object
 from gristmill.version import __version__
 
 if TYPE_CHECKING:
-    from gristmill.serve.constraints import ConstraintSpec
+    from gristmill.serve.constraints import ConstraintSpec, Watched
     from gristmill.serve.worker import Rendered
 
 __all__ = ["ServedEngine", "Server", "make_app"]
@@ -545,13 +552,18 @@ class _Handlers:
         scope, receive, send = call
         server = self._server
         engine = server.ready_engine()
-        constraint = None
+        constraint: Watched | None = None
         if spec is not None:
+            from gristmill.serve.constraints import Watched
+
             assert server.texts is not None
+            assert server.tokenizer is not None
             await _while_there(receive, server.texts.check_constraint(spec), self._left(request, began))
             if server.constraint is None:
                 raise ApiError(400, "constraints on the output are not available", param="response_format")
-            constraint = await asyncio.to_thread(server.constraint, spec)
+            make = await asyncio.to_thread(server.constraint, spec)
+            ends = frozenset() if params.ignore_eos else server.tokenizer.eos_token_ids
+            constraint = Watched(make, ends.union(params.stop_token_ids), params.min_tokens)
         answer.usage.prompt = sum(len(one) for one in prompts)
         streams: list[AsyncIterator[Output]] = []
         try:
@@ -568,7 +580,7 @@ class _Handlers:
                     deadline=time.monotonic() + self._left(request, began),
                 )
                 streams.append(engine.stream(asked))
-            outputs = self._outputs(streams, count, began)
+            outputs = self._outputs(streams, count, began, constraint)
             if request.stream:
                 await _while_there(receive, self._stream(send, request, answer, outputs))
             else:
@@ -586,7 +598,7 @@ class _Handlers:
                 server.metrics.latency.observe(time.monotonic() - began)
 
     async def _outputs(
-        self, streams: list[AsyncIterator[Output]], count: int, began: float
+        self, streams: list[AsyncIterator[Output]], count: int, began: float, constraint: Watched | None
     ) -> AsyncIterator[tuple[int, Output]]:
         """Choice number and news, as they come. ApiError where a choice did not end well."""
         metrics = self._server.metrics
@@ -610,6 +622,8 @@ class _Handlers:
                     left -= 1
                     continue
                 if isinstance(item, Exception):
+                    if isinstance(item, RequestFailed) and constraint is not None and constraint.failure:
+                        raise ApiError(400, constraint.failure, code="constraint_failed")
                     raise item
                 index, output = item
                 now = time.monotonic()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from gristmill.engine.request import Constraint
 from gristmill.errors import GristmillError, UsageError
+from gristmill.serve import logs
 from gristmill.serve.settings import LIMITS
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-__all__ = ["ConstraintSpec", "ConstraintTokenizer", "Constraints", "check_schema"]
+__all__ = ["ConstraintSpec", "ConstraintTokenizer", "Constraints", "Watched", "check_schema"]
 
 _KEPT = 64
 """Compiled grammars that are kept."""
@@ -100,6 +102,15 @@ def _bytes(tokenizer: ConstraintTokenizer, token: int) -> bytes:
         return b""  # the model has more rows than its tokenizer tokens
 
 
+class _Compiled:
+    """A grammar whose copies share what llguidance learns of it, limits on that included."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.failed = False
+        """A copy could not be followed: later ones may fail for what that one did."""
+
+
 class Constraints:
     """Compiles constraints for one tokenizer. Safe to use from several threads."""
 
@@ -110,19 +121,18 @@ class Constraints:
         self._ends = tokenizer.eos_token_ids
         self._lock = threading.Lock()
         self._made: Any = None
-        self._kept: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[ConstraintSpec, _Compiled] = OrderedDict()
 
     def factory(self, spec: ConstraintSpec) -> Callable[[], Constraint]:
         """Makes constraints that follow the spec. UsageError if it is not valid or takes too much."""
         with self._lock:
-            matcher = self._kept.get(spec)
-            if matcher is None:
-                matcher = self._kept[spec] = self._compile(spec)
+            kept = self._kept.get(spec)
+            if kept is None or kept.failed:
+                kept = self._kept[spec] = _Compiled(self._compile(spec))
                 while len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
-            else:
-                self._kept.move_to_end(spec)
-        return lambda: _Follower(matcher.deep_copy(), self._ends, self._vocab_size)
+            self._kept.move_to_end(spec)
+        return lambda: _Follower(kept, self._ends, self._vocab_size)
 
     def warm(self) -> None:
         """Makes the tables that the first constraint would wait for."""
@@ -170,7 +180,8 @@ def _line(messages: Iterable[str]) -> str:
 
 
 def _reason(message: str) -> str:
-    return " ".join(message.replace("<non-verbose/>", "").split())[:300]
+    text = " ".join(message.replace("<non-verbose/>", "").split())
+    return "nothing is allowed after the text so far" if text == "NoExtensionBias" else text[:300]
 
 
 def check_schema(schema: object) -> None:
@@ -245,8 +256,9 @@ def _grammar(spec: ConstraintSpec) -> str:
 class _Follower:
     """One sequence's place in a grammar."""
 
-    def __init__(self, matcher: LLMatcher, ends: frozenset[int], vocab_size: int) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: _Compiled, ends: frozenset[int], vocab_size: int) -> None:
+        self._compiled = compiled
+        self._matcher = compiled.matcher.deep_copy()
         self._ends = ends
         self._vocab_size = vocab_size
 
@@ -276,6 +288,68 @@ class _Follower:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._compiled.failed = True
             raise GristmillError(
                 f"the constraint on the output cannot be followed: {_reason(self._matcher.get_error())}"
             )
+
+
+class Watched:
+    """Makes the constraints of one request, and remembers why one of them could not be followed.
+
+    That is the request's own fault, and the engine only tells that the request failed.
+    """
+
+    def __init__(self, make: Callable[[], Constraint], ends: frozenset[int], min_tokens: int) -> None:
+        """ends: tokens that end the answer, which may not come before `min_tokens` others."""
+        self._make = make
+        self._ends = ends
+        self._min_tokens = min_tokens
+        self.failure: str | None = None
+
+    def __call__(self) -> Constraint:
+        """One for a continuation."""
+        return _Watched(self, self._make(), self._ends, self._min_tokens)
+
+
+class _Watched:
+    def __init__(self, told: Watched, inner: Constraint, ends: frozenset[int], min_tokens: int) -> None:
+        self._told = told
+        self._inner = inner
+        self._ends = ends
+        self._early = min_tokens
+        """Tokens before the answer may end."""
+
+    def mask(self, words: NDArray[np.int32]) -> bool:
+        """See `Constraint`."""
+        with self._watch():
+            masked = self._inner.mask(words)
+            if masked and self._early > 0 and not self._without_ends(words).any():
+                raise GristmillError("the constraint on the output allows no further token before min_tokens")
+            if masked and not words.any():
+                raise GristmillError("the constraint on the output allows no further token")
+            return masked
+
+    def accept(self, token: int) -> None:
+        """See `Constraint`."""
+        with self._watch():
+            self._inner.accept(token)
+        self._early -= 1
+
+    def _without_ends(self, words: NDArray[np.int32]) -> NDArray[np.uint32]:
+        bits = words.view(np.uint32).copy()
+        for token in self._ends:
+            if token < 32 * len(bits):
+                bits[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+        return bits
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        try:
+            yield
+        except GristmillError as error:
+            self._told.failure = str(error)
+            raise
+        except Exception as error:  # anything else would take the step along, and all who are in it
+            logs.logger.exception("a constraint failed")
+            raise GristmillError(f"the constraint on the output failed: {type(error).__name__}") from None
