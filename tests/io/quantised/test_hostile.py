@@ -70,6 +70,7 @@ def edited(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 WEIGHTS = "config_groups/group_0/weights"
 INPUTS = "config_groups/group_0/input_activations"
+TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True}
 CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPTQ, {"bits": ...}, "has no bits"),
     (GPTQ, {"bits": 5}, "2, 3, 4 or 8 bits, not 5"),
@@ -117,6 +118,12 @@ CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (PACKED, {INPUTS: {"num_bits": 8, "type": "float", "dynamic": True}}, "activations that are not int8"),
     (PACKED, {INPUTS: {"num_bits": 4, "type": "int", "dynamic": True}}, "activations that are not int8"),
     (PACKED, {INPUTS: 5}, "activations that are not int8"),
+    (PACKED, {INPUTS: TOKEN}, "one scale per token beside weights in groups of 32 columns"),
+    (PLAIN, {INPUTS: {**TOKEN, "symmetric": False}}, "activations with a zero point"),
+    (PLAIN, {INPUTS: {**TOKEN, "symmetric": "x"}}, "invalid symmetric"),
+    (PLAIN, {INPUTS: {**TOKEN, "strategy": "tensor"}}, "activations of the strategy 'tensor'"),
+    (PLAIN, {INPUTS: {**TOKEN, "strategy": "group", "group_size": 32}}, "the strategy 'group'"),
+    (PLAIN, {INPUTS: {"dynamic": True}}, "activations of the strategy None"),
     (PACKED, {"config_groups/group_0/output_activations": {}}, "output activations"),
     (PLAIN, {f"{WEIGHTS}/num_bits": 4}, "holds codes of more than 4 bits"),
     (PLAIN, {"format": "pack-quantized"}, "none of the config_groups fits"),

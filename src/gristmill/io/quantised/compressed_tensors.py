@@ -11,6 +11,10 @@ Of a module [N, K], codes being signed integers q of b bits and value = scale * 
 (compressed-tensors 0.17, compressors/pack_quantized and compressors/naive_quantized.) Which modules are
 quantised, and by which of several config_groups, shows in the tensors themselves; the patterns of `targets`
 and `ignore`, regular expressions of unknown cost, are not evaluated.
+
+`input_activations` are read where running the weights rounds inputs in just that way: dynamic int8 with one
+scale per token beside weights with one scale per row, the arithmetic `fast` of such weights. All others are
+refused.
 """
 
 from __future__ import annotations
@@ -77,13 +81,7 @@ def _scheme(name: str, group: object, form: object) -> Scheme:
     if weights.get("dynamic"):
         raise ModelError(f"{where} has dynamic weights")
     if inputs is not None:
-        if not isinstance(inputs, dict) or (inputs.get("type", "int"), inputs.get("num_bits", 8)) != (
-            "int",
-            8,
-        ):
-            raise ModelError(f"{where} has activations that are not int8, which cannot be run")
-        if inputs.get("dynamic") is not True:
-            raise ModelError(f"{where} has static input scales, which cannot be run")
+        _check_inputs(where, inputs)
     if group.get("output_activations") is not None:
         raise ModelError(f"{where} quantises output activations, which cannot be run")
     size, strategy = weights.get("group_size"), weights.get("strategy")
@@ -91,13 +89,32 @@ def _scheme(name: str, group: object, form: object) -> Scheme:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy not in _STRATEGIES:
         raise ModelError(f"{where} has the strategy {short(strategy)}; {', '.join(_STRATEGIES)} can be read")
+    columns = group_size(size) if strategy == "group" else -1
+    if inputs is not None and columns != -1:
+        raise ModelError(
+            f"{where} has activations with one scale per token beside weights in groups of {columns} "
+            "columns, which cannot be run"
+        )
     return Scheme(
         packed=form == PACKED,
         bits=bits,
-        group=group_size(size) if strategy == "group" else -1,
+        group=columns,
         symmetric=flag(weights, "symmetric", True),
         ordered=weights.get("actorder") in (True, "group", "dynamic"),
     )
+
+
+def _check_inputs(where: str, inputs: object) -> None:
+    """ModelError unless these input_activations are dynamic symmetric int8 with one scale per token."""
+    kind = (inputs.get("type", "int"), inputs.get("num_bits", 8)) if isinstance(inputs, dict) else None
+    if not isinstance(inputs, dict) or kind != ("int", 8):
+        raise ModelError(f"{where} has activations that are not int8, which cannot be run")
+    if inputs.get("dynamic") is not True:
+        raise ModelError(f"{where} has static input scales, which cannot be run")
+    if not flag(inputs, "symmetric", True):
+        raise ModelError(f"{where} has activations with a zero point, which cannot be run")
+    if (strategy := inputs.get("strategy")) != "token":
+        raise ModelError(f"{where} has activations of the strategy {short(strategy)}; token can be run")
 
 
 class CompressedTensors:
