@@ -45,13 +45,13 @@ def load(
     """Loads a model; the first time it is also converted into the cache. Prints nothing.
 
     model: a GGUF file, a Hugging Face or checkpoint directory, a hub name, or the short name `smollm2`.
-    weights: `stored`, `f32`, `bf16`, `int8` or `int4`. activations: `exact`, `bf16`, `fast`; None: `fast` for
-    integer weights, as stored for float ones. kv_dtype: `f32`, `bf16`, `int4` or `int4-channel`; None: what
-    the model says, else `bf16`. threads: None for all this process may use. context: most tokens of a
-    sequence, prompt included; None: what the model was made for, or less if memory is short. lora:
-    directories of LoRA adapters in PEFT's format, with a strength for all or each; the weights stay as they
-    are. progress(label, done, total) is called now and then. Raises UsageError for wrong options, ModelError
-    for a model that cannot be read, GristmillError if it does not fit the memory.
+    weights: `stored`, `f32`, `bf16`, `int8` or `int4`. activations: `exact`, `bf16`, `fast`; None: what the
+    model's recipe means, else `fast` for integer weights, as stored for float ones. kv_dtype: `f32`, `bf16`,
+    `int4` or `int4-channel`; None: what the model says, else `bf16`. threads: None for all this process may
+    use. context: most tokens of a sequence, prompt included; None: what the model was made for, or less if
+    memory is short. lora: directories of LoRA adapters in PEFT's format, with a strength for all or each; the
+    weights stay as they are. progress(label, done, total) is called now and then. Raises UsageError for wrong
+    options, ModelError for a model that cannot be read, GristmillError if it does not fit the memory.
     """
     from gristmill.backends.native import NativeExecutor
     from gristmill.io.convert import prepare
