@@ -222,6 +222,7 @@ def test_about_the_server(server: ServerProcess) -> None:
         assert [model["id"] for model in listed] == ["smollm2"]
         assert listed[0]["max_model_len"] == 8192
     assert httpx.get(f"{server.url}/v1/models/smollm2").json()["id"] == "smollm2"
+    assert chat(server).status_code == 200
     info = httpx.get(f"{server.url}/tokenizer_info").json()
     assert info["eos_token"] == "<|im_end|>"
     text = httpx.get(f"{server.url}/metrics").text
@@ -238,9 +239,23 @@ def test_about_the_server(server: ServerProcess) -> None:
         "time_to_first_token_seconds_bucket",
         "inter_token_latency_seconds_bucket",
         "e2e_request_latency_seconds_bucket",
+        "request_queue_time_seconds_bucket",
+        "request_prefill_time_seconds_bucket",
+        "request_decode_time_seconds_bucket",
+        "request_prompt_tokens_bucket",
+        "request_generation_tokens_bucket",
+        "iteration_tokens_total_bucket",
+        "cache_config_info",
     ):
         assert f"gristmill:{name}{{" in text, name
     assert 'model_name="smollm2"' in text
+    one = '{model_name="smollm2"}'
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    steps = float(values[f"gristmill:iteration_tokens_total_count{one}"])
+    assert steps == float(values[f"gristmill:engine_steps_total{one}"]) > 0
+    tokens = float(values[f"gristmill:generation_tokens_total{one}"])
+    assert float(values[f"gristmill:iteration_tokens_total_sum{one}"]) >= max(steps, tokens)
+    assert float(values[f"gristmill:request_queue_time_seconds_count{one}"]) > 0
     assert "http_requests_total{" in text
     assert "process_resident_memory_bytes" in text
     answer = chat(server)

@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.serve.conftest import ServerProcess
@@ -53,3 +54,13 @@ def test_every_setting_and_limit_that_is_named_is_there() -> None:
     names = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)", GUIDE)}
     assert len(names) > 10
     assert names - {"config", "help"} <= Settings.model_fields.keys()
+
+
+def test_every_metric_that_is_named_is_there(server: ServerProcess) -> None:
+    section = GUIDE.split("\n## Metrics\n")[1].split("\n## ")[0]
+    names = set(re.findall(r"`([a-z_0-9]+)`", section))
+    names -= {"finished_reason", "handler", "http_requests_total", "method", "model_name", "status"}
+    assert len(names) > 20
+    text = httpx.get(f"{server.url}/metrics").text
+    there = set(re.findall(r"^# HELP gristmill:(\S+)", text, re.MULTILINE))
+    assert names <= there

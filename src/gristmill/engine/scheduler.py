@@ -136,7 +136,8 @@ class Scheduler:
         self.running: list[Generation] = []
         """In the order they were let in."""
         self.counters: Counter[str] = Counter()
-        """As in `Status`."""
+        """As in `Status`; and steps_of_N, the steps of N tokens at most and more than N / 2, with step_tokens
+        for all of them."""
 
     @property
     def busy(self) -> bool:
@@ -185,6 +186,9 @@ class Scheduler:
             return self._take_failed()
         logits = self._compute(step.batch, flag)
         self.counters["steps"] += 1
+        size = len(step.batch.tokens)
+        self.counters["step_tokens"] += size
+        self.counters[f"steps_of_{1 << (size - 1).bit_length()}"] += 1
         for one, n in step.parts:
             if one.computed < len(one.prompt):
                 self._prompt_done(one, n)

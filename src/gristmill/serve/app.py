@@ -636,12 +636,7 @@ class _Handlers:
                             metrics.between_tokens.observe(gap)
                     last[index] = now
                 if output.result is not None:
-                    times = output.result.timings
-                    metrics.prefill.observe(times.first_token_s)
-                    if times.decode_tokens_per_s:
-                        metrics.decode.observe(
-                            (output.result.completion_tokens - 1) / times.decode_tokens_per_s
-                        )
+                    metrics.ended(output.result)
                 if output.finish_reason == "timeout":
                     raise ApiError(408, "the request took longer than it may", code="timeout")
                 if output.finish_reason == "cancelled":

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from gristmill.engine.request import Status
+from gristmill.engine.result import Result
+from gristmill.program.batch import MAX_STEP_TOKENS
 
 __all__ = ["Metrics"]
 
@@ -33,9 +40,8 @@ class Metrics:
         self.first_token = histogram("time_to_first_token_seconds", "From a request to its first token.")
         self.between_tokens = histogram("inter_token_latency_seconds", "Between two tokens of an answer.")
         self.latency = histogram("e2e_request_latency_seconds", "From a request to its end.")
-        self.prefill = histogram(
-            "request_prefill_time_seconds", "From a request to its first token computed."
-        )
+        self.queue = histogram("request_queue_time_seconds", "From a request to its first step.")
+        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.")
         self.decode = histogram("request_decode_time_seconds", "From the first token to the last.")
         self.prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.generation = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
@@ -54,6 +60,16 @@ class Metrics:
         registry.register(_FromStatus(status, self._labels))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+
+    def ended(self, result: Result) -> None:
+        """Observes how the time of an answer was spent."""
+        times = result.timings
+        if times.prefill_tokens_per_s:
+            prefill = (result.prompt_tokens - result.cached_tokens) / times.prefill_tokens_per_s
+            self.prefill.observe(prefill)
+            self.queue.observe(max(0.0, times.first_token_s - prefill))
+        if times.decode_tokens_per_s:
+            self.decode.observe((result.completion_tokens - 1) / times.decode_tokens_per_s)
 
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""
@@ -76,6 +92,21 @@ class _FromStatus(Collector):
     def _counter(self, name: str, text: str, value: float) -> Metric:
         made = CounterMetricFamily(f"gristmill:{name}", text, labels=self._names)
         made.add_metric(self._values, value)
+        return made
+
+    def _steps(self, counts: dict[str, int]) -> Metric:
+        made = HistogramMetricFamily(
+            "gristmill:iteration_tokens_total",
+            "Tokens of a step, of prompts and answers.",
+            labels=self._names,
+        )
+        buckets: list[tuple[str, float]] = []
+        total, size = 0, 1
+        while size <= MAX_STEP_TOKENS:
+            total += counts.get(f"steps_of_{size}", 0)
+            buckets.append((f"{size:.1f}", total))
+            size *= 2
+        made.add_metric(self._values, [*buckets, ("+Inf", total)], counts.get("step_tokens", 0))
         return made
 
     def collect(self) -> Iterator[Metric]:
@@ -101,6 +132,7 @@ class _FromStatus(Collector):
             ("engine_step_failures", "step_failures", "Steps that failed."),
         ):
             yield self._counter(name, text, counts.get(key, 0))
+        yield self._steps(counts)
         ended = CounterMetricFamily(
             "gristmill:request_success",
             "Answers that ended, by reason.",
