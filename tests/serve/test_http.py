@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,15 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 
 from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFull, RequestFailed
 from gristmill.errors import GristmillError, TemplateError
+from gristmill.serve.app import make_app
 from gristmill.serve.errors import ApiError
+from gristmill.serve.settings import Settings
 from gristmill.serve.strict_json import parse_object
 from gristmill.serve.worker import Rendered
 from tests.serve.scripted import CONTEXT, HANG, Engine, Run, Texts, serve
@@ -408,6 +414,74 @@ def test_connections_over_the_limit() -> None:
         until(lambda: httpx.get(f"{run.url}/health").status_code == 200)
 
     assert serve(test, max_connections=4) == 0
+
+
+def proxied(**values: str) -> dict[str, str]:
+    """The headers that the guide's nginx sends on, with its variables replaced."""
+    guide = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    block = guide.split("```nginx\n")[1].split("```")[0]
+    found = dict(re.findall(r"proxy_set_header (\S+) \$(\w+);", block))
+    assert found.keys() == {"Host", "X-Forwarded-Proto", "X-Forwarded-For"}
+    return {name: values[variable] for name, variable in found.items()}
+
+
+@pytest.mark.parametrize("host", ["llm.example", "llm.example:8443"])
+def test_behind_a_proxy_that_tells(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    headers = proxied(http_host=host, scheme="https", remote_addr="203.0.113.7")
+
+    def status(run: Run, origin: str | None = f"https://{host}", **others: str) -> int:
+        sent = headers | {name.replace("_", "-"): value for name, value in others.items()}
+        sent |= {} if origin is None else {"Origin": origin}
+        answer = httpx.post(f"{run.url}/v1/completions", json={"prompt": "abc"}, headers=sent)
+        assert not any(name.startswith("access-control") for name in answer.headers)
+        return answer.status_code
+
+    def test(run: Run) -> None:
+        caplog.set_level(logging.INFO, "gristmill")
+        assert status(run) == status(run, None) == 200
+        assert status(run, Sec_Fetch_Site="same-origin") == 200
+        assert {one.fields["client"] for one in caplog.records if hasattr(one, "fields")} == {"203.0.113.7"}
+        assert httpx.get(run.url, headers=headers).status_code == 200
+        for origin in ("https://evil.example", f"http://{host}", "https://llm.example:444", "null"):
+            assert status(run, origin) == 403
+        assert status(run, X_Forwarded_Proto="http") == 403
+        assert status(run, Host="127.0.0.1:8000") == 403  # as nginx does without being told
+        assert status(run, None, Sec_Fetch_Site="cross-site") == 403
+        for name in ("evil.example", "llm.example.evil.example"):
+            assert status(run, Host=name) == status(run, f"https://{name}", Host=name) == 403
+
+    assert serve(test, allowed_hosts=("llm.example",)) == 0
+
+
+def test_behind_a_proxy_that_tells_nothing() -> None:
+    def test(run: Run) -> None:
+        for origin, status in (("https://llm.example", 200), ("https://evil.example", 403)):
+            answer = httpx.post(
+                f"{run.url}/v1/completions", json={"prompt": "abc"}, headers={"Origin": origin}
+            )
+            assert answer.status_code == status
+            shared = answer.headers.get("access-control-allow-origin")
+            assert shared == (origin if status == 200 else None)
+
+    assert serve(test, allowed_origins=("https://llm.example",)) == 0
+
+
+@pytest.mark.parametrize(("client", "believed"), [("127.0.0.1", True), ("192.0.2.1", False)])
+def test_who_is_believed_about_the_scheme(client: str, believed: bool) -> None:
+    sent = proxied(http_host="llm.example", scheme="https", remote_addr="203.0.113.7")
+    run = Run(Engine(), Texts(), Settings(port=0, allowed_hosts=("llm.example",)))
+    run.listener.close()
+
+    async def main() -> int:
+        await run._load()
+        config = uvicorn.Config(cast("Any", make_app(run.server)), log_config=None)
+        config.load()
+        transport = httpx.ASGITransport(config.loaded_app, client=(client, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://llm.example") as http:
+            headers = {**sent, "Origin": "https://llm.example"}
+            return (await http.post("/v1/completions", json={"prompt": "abc"}, headers=headers)).status_code
+
+    assert asyncio.run(main()) == (200 if believed else 403)
 
 
 def test_made_up_methods_and_paths_do_not_fill_the_metrics() -> None:
