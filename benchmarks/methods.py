@@ -1,7 +1,8 @@
 """Compresses the demo model, and one with planted outliers, by every recipe, and measures all of them.
 
-Writes `results/methods.json`, the plot `docs/pareto.png`, the table of `docs/methods/README.md` and the
-evidence that `gristmill methods` prints: none of these is written by hand. Run it with nothing else running.
+Writes `results/methods.json`, the plot `docs/pareto.png`, the tables of `docs/methods/` and the evidence that
+`gristmill methods` prints: none of these is written by hand. Every recipe is applied by a process of its own,
+whose time and peak memory are kept. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from gristmill import methods
@@ -37,6 +37,8 @@ CLAIMS = (
     *("comet", "fireq", "fireq_unscaled"),
 )
 """Recipes for which the papers claim something on models with outliers."""
+BASELINES = ("bf16", "stored", "rtn")
+"""What every method's own table begins with."""
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 
 
@@ -103,23 +105,22 @@ def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
 
 
 def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) -> dict[str, Any]:
-    """Both comparisons and the time that every recipe took."""
+    """Both comparisons, and the time and memory that every recipe took."""
     planted = work / "planted"
     if not planted.exists():
         recipe = Recipe((Entry(Plant(), Options(), (), 1),), "planted", floats="f32")
         compress(arguments.model, recipe, planted, evaluate=False)
     claimed = [recipe for recipe in recipes if recipe.name in CLAIMS]
-    seconds = {}
+    took: dict[str, dict[str, float]] = {}
     for model, chosen, place in ((arguments.model, recipes, "plain"), (planted, claimed, "outliers")):
         for recipe in chosen:
-            target, took = work / place / recipe.name, work / place / f"{recipe.name}.seconds"
+            target, cost = work / place / recipe.name, work / place / f"{recipe.name}.cost.json"
             if not target.exists():
                 print(f"{place}: {recipe.name}", file=sys.stderr)
-                begin = perf_counter()
-                compress(model, recipe, target, evaluate=False)
-                took.write_text(str(perf_counter() - begin))
-            if place == "plain" and took.exists():
-                seconds[recipe.name] = float(took.read_text())
+                cost.parent.mkdir(parents=True, exist_ok=True)
+                cost.write_text(json.dumps(apply(model, recipe, target)))
+            if place == "plain" and cost.exists():
+                took[recipe.name] = json.loads(cost.read_text())
     if arguments.prepare:
         return {}
     options = {"tokens": arguments.tokens, "repeats": arguments.repeats, "threads": arguments.threads}
@@ -131,18 +132,32 @@ def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) ->
     return {
         "commit": commit,
         "calibration": arguments.calibration,
-        "compress_s": seconds,
+        "compress_s": {name: cost["seconds"] for name, cost in took.items()},
+        "compress_peak_bytes": {name: cost["peak_rss_bytes"] for name, cost in took.items()},
         "plain": plain,
         "planted": outliers,
     }
 
 
+def apply(model: str | Path, recipe: Recipe, target: Path) -> dict[str, float]:
+    """Makes `target` in a process of its own: `seconds` and `peak_rss_bytes`, PyTorch's import included."""
+    file = target.with_name(f"{target.name}.yaml")
+    file.write_text(recipe.to_yaml())
+    command = ["compress", str(model), "-r", str(file), "-o", str(target), "--no-evaluate", "--json"]
+    # A process begins with the peak of the one that executed it: the shell's is small, this one's is not.
+    shell = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "gristmill"]
+    done = subprocess.run([*shell, *command], stdout=subprocess.PIPE, text=True, check=True)
+    report = json.loads(done.stdout)
+    return {key: report[key] for key in ("seconds", "peak_rss_bytes")}
+
+
 def write(result: Mapping[str, Any]) -> None:
-    """The page's table and the evidence."""
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    tail = rest.partition(END)[2]
-    PAGE.write_text(f"{head}{BEGIN}\n{table(result)}\n{END}{tail}")
+    """The tables of the pages, and the evidence."""
+    fill(PAGE, table(result))
     plain = result["plain"]
+    for name in methods.names():
+        used = {row["name"] for row in plain["results"] if name in row["methods"]}
+        fill(PAGE.with_name(f"{name}.md"), table(result, {*used, *BASELINES}))
     evidence = {}
     for row in plain["results"]:
         for name in row["methods"]:
@@ -161,9 +176,19 @@ def write(result: Mapping[str, Any]) -> None:
     EVIDENCE.write_text(json.dumps({"methods": evidence}, indent=1, sort_keys=True) + "\n")
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Markdown."""
+def fill(page: Path, text: str) -> None:
+    """Puts a table between a page's marks; ValueError if it has none."""
+    head, begin, rest = page.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no place for a table")
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str:
+    """Markdown, of all recipes or of those named."""
     plain = result["plain"]
+    peaks = result.get("compress_peak_bytes", {})  # results of before have none
     planted = {row["name"]: row for row in result["planted"]["results"]}
     lines = [
         f"{plain['model']}, {plain['tokens']} tokens of {plain['text']}, base perplexity "
@@ -174,10 +199,12 @@ def table(result: Mapping[str, Any]) -> str:
         "The last two columns are of the model with planted outliers, for recipes that claim it.",
         "",
         "| recipe | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s | compress s "
-        "| planted KL | planted perplexity |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"{'| peak MB ' if peaks else ''}| planted KL | planted perplexity |",
+        f"|---{'|--:' * (11 if peaks else 10)}|",
     ]
     for row in plain["results"]:
+        if only is not None and row["name"] not in only:
+            continue
         other = planted.get(row["name"])
         outliers = f"{other['kl_mean']:.4g} | {other['perplexity']:.3f}" if other else "|"
         took = result["compress_s"].get(row["name"])
@@ -187,7 +214,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"| {row['perplexity']:.3f} | {row['decode_tokens_per_s']:.0f} ({row['decode_ratio']:.2f}x) "
             f"| {row['prefill_tokens_per_s']:,.0f} ({row['prefill_ratio']:.2f}x) "
             f"| {'' if took is None else f'{took:.0f}'} "
-            f"| {outliers} |"
+            + (f"| {peaks[row['name']] / 1e6:.0f} " if row["name"] in peaks else "| " if peaks else "")
+            + f"| {outliers} |"
         )
     return "\n".join(lines) + "\n"
 
