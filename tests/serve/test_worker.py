@@ -191,6 +191,41 @@ def test_one_that_hangs_holds_up_nobody_else(directory: Path, monkeypatch: pytes
     with_pool(directory, use, workers=2)
 
 
+def test_long_texts_make_no_short_one_wait(directory: Path) -> None:
+    async def use(pool: HelperPool) -> None:
+        text = "the miller and the cat " * 50_000
+        long = [asyncio.create_task(pool.tokenize(text)) for _ in range(3)]
+        long.append(asyncio.create_task(pool.render([{"role": "user", "content": text}])))
+        await asyncio.sleep(0.05)
+        for _ in range(5):
+            assert (await pool.render(MESSAGES)).ids
+        assert not any(one.done() for one in long)
+        for one in long:
+            one.cancel()
+        await asyncio.gather(*long, return_exceptions=True)
+        # They left nothing behind that makes later ones wait.
+        assert await pool.tokenize(text[:40_000]) == await pool.tokenize(text[:40_000])
+        assert pool._free.qsize() == 2
+
+    with_pool(directory, use, workers=2)
+
+
+def test_one_helper_answers_short_texts_first(directory: Path) -> None:
+    async def use(pool: HelperPool) -> None:
+        order: list[str] = []
+
+        async def ask(name: str, text: str) -> None:
+            await pool.render([{"role": "user", "content": text}])
+            order.append(name)
+
+        text = "the miller and the cat " * 2000
+        names = ["long", "later", "last", "short", "shorter"]
+        await asyncio.gather(*(ask(name, name if "short" in name else text) for name in names))
+        assert order == ["long", "short", "shorter", "later", "last"]
+
+    with_pool(directory, use)
+
+
 def test_cancelled_questions_are_not_answered_to_others(directory: Path) -> None:
     async def use(pool: HelperPool) -> None:
         expected = await pool.render(MESSAGES)
@@ -276,7 +311,9 @@ def test_helpers_are_bounded_and_light(directory: Path) -> None:
     async def use(pool: HelperPool) -> None:
         limits = Path(f"/proc/{pid(pool)}/limits").read_text()
         assert "unlimited" not in next(line for line in limits.splitlines() if line.startswith("Max address"))
-        assert "torch" not in Path(f"/proc/{pid(pool)}/maps").read_text()
+        loaded = Path(f"/proc/{pid(pool)}/maps").read_text()
+        assert "tokenizers" in loaded
+        assert not any(name in loaded for name in ("torch", "pydantic", "gristmill/backends"))
 
     with_pool(directory, use)
 

@@ -29,6 +29,7 @@ from gristmill.serve import logs
 from gristmill.serve.answers import Chat, Completion
 from gristmill.serve.errors import ApiError, translate
 from gristmill.serve.guard import Guard, read_body, send_error, send_json
+from gristmill.serve.limits import LIMITS
 from gristmill.serve.metrics import Metrics
 from gristmill.serve.protocol import (
     ChatRequest,
@@ -39,7 +40,7 @@ from gristmill.serve.protocol import (
     read,
     sampling_of,
 )
-from gristmill.serve.settings import LIMITS, Settings
+from gristmill.serve.settings import Settings
 from gristmill.serve.strict_json import parse_object
 from gristmill.version import __version__
 

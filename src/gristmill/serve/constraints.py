@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gristmill.engine.request import Constraint
 from gristmill.errors import GristmillError, UsageError
 from gristmill.serve import logs
-from gristmill.serve.settings import LIMITS
+from gristmill.serve.limits import LIMITS
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

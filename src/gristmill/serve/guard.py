@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gristmill.serve import logs
 from gristmill.serve.errors import ApiError
+from gristmill.serve.limits import LIMITS
 from gristmill.serve.metrics import Metrics
-from gristmill.serve.settings import LIMITS, Settings
+from gristmill.serve.settings import Settings
 
 __all__ = ["OPEN_ROUTES", "Guard", "read_body"]
 

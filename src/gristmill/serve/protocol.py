@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import UsageError
 from gristmill.serve.errors import ApiError
-from gristmill.serve.settings import LIMITS
+from gristmill.serve.limits import LIMITS
 
 __all__ = [
     "ChatRequest",

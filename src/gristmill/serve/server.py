@@ -25,7 +25,8 @@ from gristmill.engine.engine import Engine
 from gristmill.errors import GristmillError, UsageError
 from gristmill.serve import logs
 from gristmill.serve.app import Server, make_app
-from gristmill.serve.settings import LIMITS, Settings
+from gristmill.serve.limits import LIMITS
+from gristmill.serve.settings import Settings
 from gristmill.serve.worker import HelperPool
 
 __all__ = ["run"]

@@ -15,23 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gristmill.errors import UsageError
 
-__all__ = ["LIMITS", "Settings", "load_settings", "option_names"]
-
-LIMITS = {
-    "n": 16,
-    "prompts": 64,
-    "top_logprobs": 20,
-    "stop": 16,
-    "stop_chars": 256,
-    "logit_bias": 1024,
-    "messages": 4096,
-    "tools": 128,
-    "json_depth": 64,
-    "schema_bytes": 1 << 16,
-    "headers": 100,
-    "header_bytes": 1 << 16,
-}
-"""Limits that cannot be set; /v1/models tells them."""
+__all__ = ["Settings", "load_settings", "option_names"]
 
 
 class Settings(BaseModel):
@@ -93,7 +77,7 @@ class Settings(BaseModel):
     reasoning_parser: Literal["think", "none"] = Field(
         "think", description="Form of reasoning that is told apart from the answer."
     )
-    helpers: int = Field(1, ge=1, le=16, description="Helper processes, for templates and grammars.")
+    helpers: int = Field(2, ge=1, le=16, description="Helper processes, for templates and grammars.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log on stderr.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     access_log: bool = Field(True, description="Log requests; /health, /ready and /metrics never are.")

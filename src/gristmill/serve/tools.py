@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gristmill.errors import UsageError
-from gristmill.serve.settings import LIMITS
+from gristmill.serve.limits import LIMITS
 
 if TYPE_CHECKING:
     from gristmill.io.chat import RenderedPrompt

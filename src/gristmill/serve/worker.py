@@ -29,6 +29,8 @@ SHORT_TEXT = 4096
 """Characters that are tokenized on the spot."""
 SECONDS = {"render": 3.0, "tokenize": 20.0, "constraint": 3.0}
 """Until a helper is given up. Templates and grammars have limits of their own below these."""
+LONG = 1 << 15
+"""Bytes of a question that is long: of text, 0.05 s."""
 MAX_PENDING = 512
 START_SECONDS = 30.0
 _CLOSED = "the helper processes have been closed"
@@ -46,7 +48,11 @@ class Rendered:
 
 
 class HelperPool:
-    """Helpers for one model. Used in one event loop."""
+    """Helpers for one model. Used in one event loop.
+
+    Long questions leave one of them to the others, so that a prompt of 100,000 tokens (0.5 s) makes no short
+    one wait. A single helper answers what is short before what is long.
+    """
 
     def __init__(self, directory: Path, vocab_size: int, workers: int = 1) -> None:
         """directory: of the checkpoint, for its tokenizer."""
@@ -57,6 +63,7 @@ class HelperPool:
         self._tokenizer = Tokenizer.load(directory)
         self._free: asyncio.Queue[_Helper] = asyncio.Queue()
         self._helpers = [_Helper(directory, vocab_size) for _ in range(workers)]
+        self._long = asyncio.Semaphore(max(1, workers - 1))
         self._pending = 0
         self._closed = False
         self.restarts = 0
@@ -101,24 +108,31 @@ class HelperPool:
             raise QueueFull("too many texts wait to be prepared", retry_after=1.0)
         self._pending += 1
         try:
-            helper = await self._free.get()
-            try:
-                if self._closed:
-                    raise GristmillError(_CLOSED)
-                return await helper.ask(what, given)
-            except _Lost as error:
-                if self._closed:
-                    raise GristmillError(_CLOSED) from None
-                self.restarts += 1
-                if what == "render":
-                    raise TemplateError(f"the chat template {error}") from None
-                raise UsageError(
-                    f"the {'constraint on the output' if what == 'constraint' else 'text'} {error}"
-                ) from None
-            finally:
-                self._free.put_nowait(helper)
+            data = json.dumps({"what": what, **given}).encode()
+            if len(data) < LONG:
+                return await self._ask_one(what, data)
+            async with self._long:
+                return await self._ask_one(what, data)
         finally:
             self._pending -= 1
+
+    async def _ask_one(self, what: str, data: bytes) -> Any:
+        helper = await self._free.get()
+        try:
+            if self._closed:
+                raise GristmillError(_CLOSED)
+            return await helper.ask(what, data)
+        except _Lost as error:
+            if self._closed:
+                raise GristmillError(_CLOSED) from None
+            self.restarts += 1
+            if what == "render":
+                raise TemplateError(f"the chat template {error}") from None
+            raise UsageError(
+                f"the {'constraint on the output' if what == 'constraint' else 'text'} {error}"
+            ) from None
+        finally:
+            self._free.put_nowait(helper)
 
 
 class _Lost(Exception):
@@ -165,13 +179,12 @@ class _Helper:
         self._closed = True
         await self.stop()
 
-    async def ask(self, what: str, given: dict[str, Any]) -> Any:
+    async def ask(self, what: str, data: bytes) -> Any:
         """One question. Raises _Lost if the helper had to be ended, and what the helper raised."""
         try:
             await self.start()
             assert self._process is not None
             assert self._process.stdin is not None
-            data = json.dumps({"what": what, **given}).encode()
             async with asyncio.timeout(SECONDS[what]):
                 self._process.stdin.write(struct.pack("<I", len(data)) + data)
                 await self._process.stdin.drain()
