@@ -8,7 +8,7 @@ conflicts before anything is computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -81,3 +81,17 @@ def linear_weights(program: Program) -> list[str]:
         for node in program.nodes
         if node.op == "linear" and program.output not in node.outputs
     ]
+
+
+def attention_of(program: Program, weights: Collection[str]) -> list[str]:
+    """The attention nodes, by name, whose keys come from one of these weights."""
+    writers = program.writers()
+    found = []
+    for node in program.nodes:
+        if node.op == "attention":
+            key = writers[node.inputs[1]]
+            while key.op == "head_rmsnorm":
+                key = writers[key.inputs[0]]
+            if key.op == "linear" and key.weights[0] in weights:
+                found.append(node.name)
+    return found

@@ -240,4 +240,7 @@ def _validated(
         problem = str(first["msg"])
         if first["type"] == "extra_forbidden":
             problem = f"unknown option; known: {', '.join(kind.model_fields)}"
-        raise UsageError(f"{where}, line {lines.of((*at, *place))}: {prefix}{name}: {problem}") from None
+        elif first["type"] == "value_error":
+            problem = str(first["ctx"]["error"])
+        said = f"{name}: {problem}" if name else problem
+        raise UsageError(f"{where}, line {lines.of((*at, *place))}: {prefix}{said}") from None

@@ -16,9 +16,10 @@ from gristmill.backends.reference import ReferenceExecutor
 from gristmill.calibrate.planted import plant
 from gristmill.calibrate.sites import KEYS, find_sites, fold
 from gristmill.calibrate.stream import Stream
-from gristmill.errors import ModelError
+from gristmill.errors import ModelError, UsageError
 from gristmill.formats.packed import decode
 from gristmill.io.checkpoint import Checkpoint
+from gristmill.io.json_file import read_object
 from gristmill.methods.compress import compress
 from gristmill.methods.recipe import Recipe
 from gristmill.methods.weights.fireq import (
@@ -70,8 +71,7 @@ def plainly(w: NDArray[np.float32], group: int, *, rounded: bool, entry: bool) -
     return out
 
 
-@pytest.mark.parametrize("rounded", [True, False])
-@pytest.mark.parametrize("entry", [True, False])
+@pytest.mark.parametrize(("rounded", "entry"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("shape", [(1, 1, 8), (5, 100, 64), (17, 72, 32), (3, 40, 128)])
 @pytest.mark.parametrize("size", [1e-4, 0.02, 3.0])
 def test_against_the_definition(rounded: bool, entry: bool, shape: tuple[int, int, int], size: float) -> None:
@@ -176,7 +176,7 @@ def scaled(
 def test_logits_do_not_change(case: str, keys: str, top_k: int | None) -> None:
     """Before and after the rotation, heads that share keys, any position, partners both chosen."""
     program, tensors = small(case, keys=True)
-    options = FireqOptions(keys=keys, top_k=top_k)
+    options = FireqOptions(keys=keys, top_k=top_k if "s" in keys else None)
     changed, others, scales = scaled(program, tensors, options)
     ids = models.tokens(40, program.vocab_size)
     expected = models.logits(ReferenceExecutor(program, tensors, dtype="float64"), ids, [40])
@@ -205,7 +205,8 @@ def test_outliers_fall(case: str) -> None:
     program, tensors = small(case, keys=True)
 
     def spread(keys: str) -> float:
-        changed, others, _ = scaled(program, tensors, FireqOptions(keys=keys, top_k=16, level=1.0))
+        searched = {"top_k": 16, "level": 1.0} if "s" in keys else {}
+        changed, others, _ = scaled(program, tensors, FireqOptions(keys=keys, **searched))
         peaks = [np.abs(k).max(axis=0) for k in keys_of(changed, others)]
         return max(float((p.max(axis=1) / np.median(p, axis=1)).max()) for p in peaks)
 
@@ -257,7 +258,7 @@ def test_shared_value_channels() -> None:
 
 # The method ---------------------------------------------------------------------------------------------
 
-RECIPE = "calibration: {{tokens: 96, sequence: 32}}\nmethods: [{{method: fireq, group: 32{}}}]"
+RECIPE = "calibration: {{tokens: 96, sequence: 32}}\nmethods: [{{method: fireq{}}}]"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -274,7 +275,8 @@ def model(directory: Path, case: str) -> Path:
 
 
 def recipe(options: str = "") -> Recipe:
-    return Recipe.from_yaml(RECIPE.format(options), "fireq")
+    group = "" if "weights: false" in options or "group" in options else ", group: 32"
+    return Recipe.from_yaml(RECIPE.format(group + options), "fireq")
 
 
 @pytest.mark.parametrize("case", ["llama-smollm2", "llama-biases", "qwen2", "qwen3", "gemma3-linear"])
@@ -350,8 +352,47 @@ def test_slots_follow_the_options() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("scales: f16, lut_round: true", "lut_round is of products with E4M3 scales"),
+        ("scales: f16, codes: entry", "codes: entry are of rounded products"),
+        ("lut_round: false, codes: entry", "codes: entry are of rounded products"),
+        ("weights: false, group: 128", "group says how weights are rounded"),
+        ("weights: false, scales: f16", "scales says how weights are rounded"),
+        ("weights: false, codes: entry", "codes says how weights are rounded"),
+        ("weights: false, strength: 0.5", "strength says how weights are rounded"),
+        ("weights: false, smooth: [down]", "smooth scales channels for the rounding of weights"),
+        ("smooth: [], strength: 0.5", "strength is of the places of smooth"),
+        ("keys: n, top_k: 3", "top_k and level are of scales after the rotation"),
+        ("keys: none, level: 2", "top_k and level are of scales after the rotation"),
+    ],
+)
+def test_options_in_vain_are_refused(options: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"line 2: fireq: {message}"):
+        recipe(f", {options}")
+
+
+@pytest.mark.parametrize("options", ["", ", scales: f16", ", weights: false", ", keys: n", ", smooth: []"])
+def test_a_recipe_spelled_out_is_the_same_recipe(options: str) -> None:
+    one = recipe(options)
+    assert Recipe.from_yaml(one.to_yaml()).to_yaml() == one.to_yaml()
+
+
+def test_more_channels_than_there_are(small_fireq: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"top_k 200 is more than the \d+ channels of "):
+        compress(small_fireq.parent / "model.gguf", recipe(", top_k: 200"), tmp_path / "out", evaluate=False)
+
+
+def test_reads_text_only_to_scale() -> None:
+    assert not recipe(", smooth: [], keys: none").calibrated
+    assert not recipe(", weights: false, keys: none").calibrated
+    assert recipe(", smooth: []").calibrated
+    assert recipe(", keys: none").calibrated
+
+
 def test_only_the_chosen_tensors(small_fireq: Path, tmp_path: Path) -> None:
-    text = RECIPE.format(", tensors: '*down_proj*'")
+    text = RECIPE.format(", group: 32, tensors: '*down_proj*'")
     compress(
         small_fireq.parent / "model.gguf", Recipe.from_yaml(text, "part"), tmp_path / "out", evaluate=False
     )
@@ -360,3 +401,7 @@ def test_only_the_chosen_tensors(small_fireq: Path, tmp_path: Path) -> None:
         n for n in made.specs if "down_proj" in n
     }
     assert all(not n.attributes.get("kv_format") for n in made.program().nodes)
+    # Of what the options ask for, this much was not to be done.
+    notes = read_object(made.directory / "report.json")["notes"]
+    assert notes[0] == "fireq: no layer's k_proj is among the tensors: keys stay as they are"
+    assert notes[1].startswith("fireq: no channels can be scaled in front of gate_up")

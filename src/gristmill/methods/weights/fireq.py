@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gristmill.calibrate.sites import GATED, KEYS, NORM, VALUES, Site, find_sites, fold
 from gristmill.errors import ModelError, UsageError
 from gristmill.formats import fp8, group_int
 from gristmill.formats.packed import MAX_EXPONENT, Packed, decode_f32
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import Method, Options, attention_of
 from gristmill.methods.draft import Arrays, Draft
 from gristmill.program.edits import keep_keys, linears_of, round_inputs
 
@@ -41,29 +41,59 @@ _SMALLEST = 7 * fp8.SMALLEST
 
 
 class FireqOptions(Options):
-    """Each part can be switched off.
+    """Each part can be switched off; options of a part that is off are refused.
 
     weights: int4 codes in groups of `group` columns, scales "e4m3" or "f16"; lut_round: products of code and
-    E4M3 scale are rounded to E4M3, as the paper's table holds them; codes: the nearest "multiple" of the
-    scale, or the nearest "entry" of the rounded products. activations: rows of E4M3 with one scale.
-    smooth: the linears in front of which channels are scaled, by the power `strength` of their weights' mean
-    size (None: searched per place). keys: scales before the rotation ("n"), after it ("s"), both or none.
-    top_k: channels of every key-value head that are scaled after the rotation, besides their partners; level:
-    their largest key in relation to the other channels' (None: both searched per layer). kv: int4 cache.
+    E4M3 scale are rounded to E4M3, as the paper's table holds them (None: if the scales are E4M3); codes: the
+    nearest "multiple" of the scale, or the nearest "entry" of the rounded products. activations: rows of E4M3
+    with one scale. smooth: the linears in front of which channels are scaled (None: gate_up and down, if
+    weights are rounded), by the power `strength` of their weights' mean size (None: searched per place).
+    keys: scales before the rotation ("n"), after it ("s"), both or none. top_k: channels of every key-value
+    head that are scaled after the rotation, besides their partners; level: their largest key in relation to
+    the other channels' (None: both searched per layer). kv: int4 cache.
     """
 
     weights: bool = True
     group: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 64
     scales: Literal["e4m3", "f16"] = "e4m3"
-    lut_round: bool = True
+    lut_round: bool | None = None
     codes: Literal["multiple", "entry"] = "multiple"
     activations: bool = True
-    smooth: tuple[Place, ...] = ("gate_up", "down")
+    smooth: tuple[Place, ...] | None = None
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     keys: Literal["none", "n", "s", "ns"] = "ns"
     top_k: Annotated[int, Field(ge=1, le=256)] | None = None
     level: Annotated[float, Field(gt=0, le=1000)] | None = None
     kv: bool = True
+
+    @property
+    def rounded(self) -> bool:
+        """Whether products of code and scale are rounded to E4M3."""
+        return self.scales == "e4m3" if self.lut_round is None else self.lut_round
+
+    @property
+    def smoothed(self) -> tuple[Place, ...]:
+        """The places where channels are scaled."""
+        return (("gate_up", "down") if self.weights else ()) if self.smooth is None else self.smooth
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> FireqOptions:
+        default = FireqOptions.model_fields
+        if not self.weights:
+            for name in ("group", "scales", "lut_round", "codes", "strength"):
+                if getattr(self, name) != default[name].default:
+                    raise ValueError(f"{name} says how weights are rounded, but weights is false")
+            if self.smooth:
+                raise ValueError("smooth scales channels for the rounding of weights, but weights is false")
+        if self.scales == "f16" and self.lut_round:
+            raise ValueError("lut_round is of products with E4M3 scales, but scales is f16")
+        if self.codes == "entry" and not self.rounded:
+            raise ValueError("codes: entry are of rounded products, but lut_round is off")
+        if self.strength is not None and not self.smoothed:
+            raise ValueError("strength is of the places of smooth, and there are none")
+        if self.keys not in _AFTER and (self.top_k is not None or self.level is not None):
+            raise ValueError(f"top_k and level are of scales after the rotation, but keys is {self.keys}")
+        return self
 
 
 class Fireq(Method[FireqOptions]):
@@ -75,10 +105,14 @@ class Fireq(Method[FireqOptions]):
     options = FireqOptions
     calibrated = True
 
+    def reads_text(self, options: FireqOptions) -> bool:
+        """Scaling does, rounding does not."""
+        return bool(options.smoothed) or options.keys != "none"
+
     def slots(self, options: FireqOptions) -> Sequence[str]:
         """Those of the parts that are switched on."""
         parts = {
-            "smoothing": options.weights and bool(options.smooth),
+            "smoothing": bool(options.smoothed),
             "key_scaling": options.keys != "none",
             "rounding": options.weights,
             "weight_format": options.weights,
@@ -90,7 +124,13 @@ class Fireq(Method[FireqOptions]):
     def apply(self, draft: Draft, options: FireqOptions, tensors: Sequence[str]) -> None:
         """Scales channels, then keys, then rounds."""
         chosen = set(tensors)
-        attention = _attention_of(draft.program, chosen)
+        attention = attention_of(draft.program, chosen)
+        if not attention and (options.kv or options.keys != "none"):
+            draft.notes.append(f"{self.name}: no layer's k_proj is among the tensors: keys stay as they are")
+        for name in attention:
+            size = draft.program.node(name).attributes["head_dim"]
+            if options.top_k is not None and options.top_k > size:
+                raise UsageError(f"top_k {options.top_k} is more than the {size} channels of {name}")
         _scale(draft, options, chosen, attention)
         if options.kv:
             draft.edit(keep_keys(draft.program, attention, kv_format="int4"))
@@ -138,7 +178,7 @@ def quantise(values: NDArray[np.float32], options: FireqOptions) -> Packed:
     if not np.isfinite(values).all():
         raise ModelError("a matrix holds values that are not finite: it cannot be rounded to integers")
     maxima = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[1], group), axis=1)
-    if options.lut_round and maxima.max() > fp8.MAX:
+    if options.rounded and maxima.max() > fp8.MAX:
         raise ModelError(f"weights above {fp8.MAX:.0f} are beyond E4M3: choose scales: f16")
     exponent = tau_exponent(maxima)
     tau = np.float32(2.0**exponent)
@@ -147,7 +187,7 @@ def quantise(values: NDArray[np.float32], options: FireqOptions) -> Packed:
     scaled = values * tau
     spread = np.repeat(sigma, group, axis=1)[:, : values.shape[1]]
     codes = (np.clip(np.rint(scaled / spread), -8, 7) + 8).astype(np.uint8)
-    if options.codes == "entry" and options.lut_round:
+    if options.codes == "entry":
         codes = _nearest_entries(scaled, spread, codes)
     return group_int.pack(
         codes,
@@ -156,7 +196,7 @@ def quantise(values: NDArray[np.float32], options: FireqOptions) -> Packed:
         group=group,
         offset=group_int.INT4_OFFSET,
         exponent=exponent,
-        rounded=options.lut_round,
+        rounded=options.rounded,
     )
 
 
@@ -183,20 +223,6 @@ def _nearest_entries(
 # Scales -------------------------------------------------------------------------------------------------
 
 
-def _attention_of(program: Program, chosen: set[str]) -> list[str]:
-    """The attention nodes whose keys come from a chosen weight."""
-    writers = program.writers()
-    found = []
-    for node in program.nodes:
-        if node.op == "attention":
-            key = writers[node.inputs[1]]
-            while key.op == "head_rmsnorm":
-                key = writers[key.inputs[0]]
-            if key.op == "linear" and key.weights[0] in chosen:
-                found.append(node.name)
-    return found
-
-
 def places(program: Program, chosen: set[str]) -> dict[Place, list[Site]]:
     """The sites whose matrices are all chosen, by what they are in front of."""
     gates = {name for node in program.nodes if node.op == "gated" for name in node.inputs}
@@ -219,9 +245,11 @@ def _matrices(program: Program, site: Site) -> set[str]:
 def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: list[str]) -> None:
     """Moves scales between weights and out of keys, as a look at the calibration text says."""
     sites: dict[str, Site] = {}  # first consumer -> site
-    if options.weights:
+    if options.smoothed:
         by_place = places(draft.program, chosen)
-        sites = {s.consumers[0]: s for place in options.smooth for s in by_place[place]}
+        sites = {s.consumers[0]: s for place in options.smoothed for s in by_place[place]}
+        if bare := [place for place in options.smoothed if not by_place[place]]:
+            draft.notes.append(f"fireq: no channels can be scaled in front of {', '.join(bare)}")
     key_sites: dict[str, Site] = {}  # attention node -> site
     if options.keys in _BEFORE:
         by_buffer = {site.buffer: site for site in find_sites(draft.program, (KEYS,))}
@@ -359,7 +387,7 @@ def _choices(options: FireqOptions, size: int) -> list[tuple[int, float]]:
     """Numbers of channels to scale after the rotation, with their levels; 0 where none are."""
     if options.keys not in _AFTER:
         return [(0, 1.0)]
-    tops = [t for t in _TOPS if t <= size // 4] if options.top_k is None else [min(options.top_k, size)]
+    tops = [t for t in _TOPS if t <= size // 4] if options.top_k is None else [options.top_k]
     levels = _LEVELS if options.level is None else (options.level,)
     none = [(0, 1.0)] if options.top_k is None else []
     return none + [(top, level) for top in tops for level in levels]
