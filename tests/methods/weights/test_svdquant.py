@@ -11,10 +11,12 @@ import torch
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
+from gristmill.calibrate import gptq as solver
 from gristmill.errors import UsageError
 from gristmill.formats.packed import decode
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.convert import prepare
+from gristmill.io.json_file import read_object
 from gristmill.methods.compress import compress
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Recipe
@@ -189,6 +191,20 @@ def test_another_method_rounds_the_residual(source: Path, tmp_path: Path) -> Non
     recipe = f"methods: [{{method: svdquant, rank: 8}}{more}]"
     with pytest.raises(UsageError, match="both fill the slot rounding"):
         compress(source, Recipe.from_yaml(recipe), tmp_path / "no", evaluate=False)
+
+
+def test_says_where_gptq_rounded_to_nearest(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+        return torch.eye(len(hessian), dtype=torch.float64), float("inf")
+
+    monkeypatch.setattr(solver, "_root", no_factor)
+    made(source, tmp_path / "out", "rank: 4, quantise: gptq", tensors="'*.0.*.[qk]_proj*'")
+    assert (
+        "svdquant: no factor of the Hessian; rounded to nearest: model.layers.0.self_attn.q_proj.weight, "
+        "model.layers.0.self_attn.k_proj.weight"
+    ) in read_object(tmp_path / "out" / "report.json")["notes"]
 
 
 def test_resumes_with_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,7 @@ def round_in_sequence(
                 hessian.update(x)
             values = [draft.weight(name) for name in names]
             rounded = solve(np.concatenate(values), hessian.result())
-            if np.isinf(rounded.damp):
-                draft.notes.append(
-                    f"{label}: no factor of the Hessian; rounded to nearest: {', '.join(names)}"
-                )
+            note_damping(draft, label, names, rounded)
             ends = np.cumsum([len(value) for value in values])
             return {
                 name: rounded.pack(slice(end - len(value), end))
@@ -63,3 +60,9 @@ def round_in_sequence(
         draft.pack_once(f"{label} {' '.join(names)}", names, compute)
         left.difference_update(names)
         draft.progress(label, len(tensors) - len(left), len(tensors))
+
+
+def note_damping(draft: Draft, label: str, names: Sequence[str], rounded: Rounded) -> None:
+    """Says in the report that these matrices could only be rounded to nearest, if that is so."""
+    if np.isinf(rounded.damp):
+        draft.notes.append(f"{label}: no factor of the Hessian; rounded to nearest: {', '.join(names)}")

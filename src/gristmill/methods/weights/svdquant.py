@@ -21,6 +21,7 @@ from gristmill.formats import dense, group_int
 from gristmill.formats.packed import Packed, decode_f32
 from gristmill.methods.base import Method, Options
 from gristmill.methods.draft import Draft
+from gristmill.methods.weights._sequential import note_damping
 from gristmill.program.edits import add_branch, linears_of, round_inputs
 from gristmill.program.nodes import Node, Program, ProgramError
 
@@ -204,13 +205,15 @@ class _Run:
             draft.pack_once(
                 f"residual {nodes[0].name}",
                 names,
-                lambda: dict(zip(names, self.packed_residual(residual, sizes, inputs), strict=True)),
+                lambda: dict(zip(names, self.packed_residual(residual, names, sizes, inputs), strict=True)),
             )
         for name, part in zip(names, torch.split(branch.expand_as(w), sizes), strict=True):
             # Until the program is edited the branch is part of the matrix.
             draft.executor.weights[name] = torch.from_numpy(draft.weight(name)) + part
 
-    def packed_residual(self, residual: Tensor, sizes: list[int], inputs: Sequence[Tensor]) -> list[Packed]:
+    def packed_residual(
+        self, residual: Tensor, names: Sequence[str], sizes: list[int], inputs: Sequence[Tensor]
+    ) -> list[Packed]:
         """The residual in codes, cut into matrices of these sizes."""
         import torch
 
@@ -227,6 +230,7 @@ class _Run:
         for rows in inputs:
             hessian.update(self.rounded_rows(rows))
         rounded = gptq(residual.numpy(), hessian.result(), bits=bits, group=group)
+        note_damping(self.draft, "svdquant", names, rounded)
         ends = np.cumsum(sizes)
         return [rounded.pack(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
