@@ -11,9 +11,11 @@ import torch
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.calibrate.gptq import gptq
-from gristmill.errors import ModelError
+from gristmill.errors import ModelError, UsageError
+from gristmill.methods.recipe import Recipe
 from gristmill.methods.weights.marlin import search_scale
-from tests.kits import recipes
+from gristmill.models import build_program
+from tests.kits import models, recipes
 
 
 def test_the_rule() -> None:
@@ -86,3 +88,34 @@ def test_sparse_groups_are_refused_by_name(tmp_path: Path) -> None:
     draft = recipes.draft_of(recipes.speaking(tmp_path))
     with pytest.raises(ModelError, match="multiples of 32"):
         recipes.applied(draft, "{method: marlin, group: 16, sparse: true}")
+
+
+def test_a_part_of_the_layers_only_notes_its_activations(tmp_path: Path) -> None:
+    path = recipes.speaking(tmp_path)
+    draft = recipes.applied(recipes.draft_of(path), "{method: marlin, group: 64, tensors: '*q_proj*'}")
+    assert draft.activations is None
+    assert len(draft.notes) == 1
+    assert "only `--activations bf16` gives" in draft.notes[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "round_activations",
+        "flexq, weight_bits: null",
+        "comet, weight_bits: null, permute: false",
+        "fireq, weights: false, keys: none",
+    ],
+)
+def test_nothing_else_may_round_its_inputs(other: str) -> None:
+    program = build_program(models.configs()["llama"])
+    for first, second in ((other, "marlin"), ("marlin", other)):
+        recipe = Recipe.from_yaml(f"methods:\n- {{method: {first}}}\n- {{method: {second}}}")
+        names = [entry.method.name for entry in recipe.entries]
+        message = rf"line 3: {names[1]} and {names[0]} \(line 2\) both fill the slot activation_encoding"
+        with pytest.raises(UsageError, match=message):
+            recipe.plan(program)
+    # Each on tensors of its own is fine.
+    Recipe.from_yaml(
+        f"methods: [{{method: {other}, tensors: '*.0.*'}}, {{method: marlin, tensors: '*.1.*'}}]"
+    ).plan(program)

@@ -35,7 +35,7 @@ class MarlinOptions(Options):
 
 
 class Marlin(Method[MarlinOptions]):
-    """4-bit weights for activations that stay 16-bit: run the result with `--activations bf16`."""
+    """4-bit weights for activations that stay 16-bit: no other method may round them."""
 
     name = "marlin"
     title = "4-bit weights by GPTQ with a clip search by the Hessian; 2:4 sparse ones on demand"
@@ -44,8 +44,9 @@ class Marlin(Method[MarlinOptions]):
     calibrated = True
 
     def slots(self, options: MarlinOptions) -> Sequence[str]:
-        """It decides the codes and their format, and may prune."""
-        return ("pruning", "rounding", "weight_format") if options.sparse else ("rounding", "weight_format")
+        """It decides codes, their format, and that inputs are bfloat16; it may prune."""
+        taken = ("rounding", "weight_format", "activation_encoding")
+        return ("pruning", *taken) if options.sparse else taken
 
     def apply(self, draft: Draft, options: MarlinOptions, tensors: Sequence[str]) -> None:
         """Packs every tensor, in the order in which the model runs, and means 16-bit activations."""
@@ -67,6 +68,11 @@ class Marlin(Method[MarlinOptions]):
         round_in_sequence(draft, self.name, tensors, solve)
         if set(tensors) == set(linear_weights(draft.program)):
             draft.activations = "bf16"  # W4A16
+        else:
+            draft.notes.append(
+                f"{self.name}: not all linear layers are its own: it means 16-bit activations, which only "
+                "`--activations bf16` gives"
+            )
 
 
 def search_scale(x: NDArray[np.float32], root: Tensor, steps: int) -> NDArray[np.float32]:
