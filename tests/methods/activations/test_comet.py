@@ -268,6 +268,15 @@ def test_keys_and_values_in_four_bits(tmp_path: Path) -> None:
     formats = {n.attributes["kv_format"] for n in draft.program.nodes if n.op == "attention"}
     assert formats == {"int4-channel"}
     assert "kv_format" in METHOD.slots(CometOptions(kv=True))
+    part = Recipe.from_yaml("methods: [{method: comet, kv: true, tensors: ['*.0.*', '*.1.mlp.*']}]")
+    (tensors,) = part.plan(draft.program)
+    draft = draft_of("llama-smollm2", tmp_path / "part")
+    METHOD.apply(draft, CometOptions(kv=True), tensors)
+    found = [n.attributes.get("kv_format") for n in draft.program.nodes if n.op == "attention"]
+    assert found == ["int4-channel", None]
+    draft = draft_of("llama-smollm2", tmp_path / "none")
+    METHOD.apply(draft, CometOptions(kv=True), [name for name in tensors if ".mlp." in name])
+    assert draft.notes == ["comet: no layer's k_proj is among the tensors: the cache stays as it is"]
     with pytest.raises(UsageError, match="sliding window"):
         apply(draft_of("gemma3-linear", tmp_path), kv=True)
     both = (

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from gristmill.formats import group_int
 from gristmill.methods.activations.round_activations import inputs_of, width_of
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import Method, Options, attention_of
 from gristmill.methods.draft import Draft
 from gristmill.program.edits import keep_keys, round_inputs
 from gristmill.program.kv import kv_formats
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gristmill.program.nodes import Node, Program
 
 LOW_BITS, HIGH_BITS = 4, 8
+KV = "int4-channel"
 
 
 class CometOptions(Options):
@@ -32,7 +33,7 @@ class CometOptions(Options):
     large a part of every input's blocks, rounded to nearest; or, with `budget`, as few as leave an error of
     the linears' outputs of at most so much of their norm (over the first `tokens` tokens). permute false
     leaves the channels in their order: the same blocks of 8 bits then hold whatever lies beside an outlier.
-    kv: keys and values in 4 bits, by channel (KV4).
+    kv: keys and values in 4 bits, by channel (KV4), of the layers whose k_proj is among the tensors.
     """
 
     weight_bits: Literal[2, 3, 4, 5, 6, 8] | None = 4
@@ -69,6 +70,12 @@ class Comet(Method[CometOptions]):
     def apply(self, draft: Draft, options: CometOptions, tensors: Sequence[str]) -> None:
         """Chooses orders and widths on the model as it stands, changes the program, packs the weights."""
         inputs = inputs_of(draft.program, tensors)
+        attention = attention_of(draft.program, tensors) if options.kv else []
+        if options.kv and not attention:
+            draft.notes.append(
+                f"{self.name}: no layer's k_proj is among the tensors: the cache stays as it is"
+            )
+        kv_formats(keep_keys(draft.program, attention, kv_format=KV))  # a sliding window cannot be kept so
         found = draft.once("comet blocks", lambda: _analyse(draft, options, inputs))
         program = draft.program
         for source, nodes in inputs.items():
@@ -88,7 +95,7 @@ class Comet(Method[CometOptions]):
             )
             if name is not None:
                 draft.set(name, order.astype(np.float32))
-        draft.edit(program)
+        draft.edit(keep_keys(program, attention, kv_format=KV))
         if options.weight_bits is not None:
             for i, name in enumerate(tensors):
                 draft.pack(
@@ -102,10 +109,6 @@ class Comet(Method[CometOptions]):
                     ),
                 )
                 draft.progress("rounding", i + 1, len(tensors))
-        if options.kv:
-            attention = [node.name for node in draft.program.nodes if node.op == "attention"]
-            draft.edit(keep_keys(draft.program, attention, kv_format="int4-channel"))
-            kv_formats(draft.program)  # a sliding window cannot be kept so
 
 
 def _foldable(program: Program, source: str, nodes: Sequence[Node], tensors: Sequence[str]) -> list[str]:
