@@ -289,7 +289,8 @@ class _Run:
 
         self._model, self._engine = model, engine = await asyncio.to_thread(work)
         server.texts = helpers = _Helpers(
-            HelperPool(model.path, model.executor.vocab_size, settings.helpers),
+            # One more: long texts leave one free.
+            HelperPool(model.path, model.executor.vocab_size, settings.helpers + 1),
             HelperPool(model.path, model.executor.vocab_size, 1),
         )
         await helpers.start()
