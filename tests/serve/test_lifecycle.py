@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -178,9 +178,16 @@ def test_origins_that_are_allowed() -> None:
 # ---- starting and stopping ---------------------------------------------------------------------------------
 
 
-def test_loading_is_alive_but_not_ready(start: Start) -> None:
-    patch = "import gristmill.api, time\nload = gristmill.api.load\n"
-    patch += "gristmill.api.load = lambda *a, **k: (time.sleep(2), load(*a, **k))[1]"
+def test_loading_is_alive_but_not_ready(start: Start, tmp_path: Path) -> None:
+    patch = f"""
+import gristmill.api, pathlib, time
+load = gristmill.api.load
+def late(*arguments, **options):
+    while not pathlib.Path({str(tmp_path)!r}, "go").exists():
+        time.sleep(0.01)
+    return load(*arguments, **options)
+gristmill.api.load = late
+"""
     server = start("smollm2", wait=False, patch=patch)
     assert server._found.wait(30)
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -188,18 +195,27 @@ def test_loading_is_alive_but_not_ready(start: Start) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", json=LONG)
     assert answer.status_code == 503
     assert answer.headers["retry-after"]
+    (tmp_path / "go").touch()
     while httpx.get(f"{server.url}/ready").status_code != 200:
         time.sleep(0.1)
     assert server.stop() == 0
 
 
+def running_of(server: ServerProcess) -> float:
+    """Sequences that run, by the metrics."""
+    text = httpx.get(f"{server.url}/metrics").text
+    line = next(one for one in text.splitlines() if one.startswith("gristmill:num_requests_running{"))
+    return float(line.split()[-1])
+
+
 def test_sigterm_loses_no_accepted_request(start: Start) -> None:
     server = start("smollm2", "-w", "int4")
-    alone = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60).json()["choices"][0]["text"]
+    body = {**LONG, "max_tokens": 150}
+    alone = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
     got: list[str] = []
 
     def ask(stream: bool) -> None:
-        answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "stream": stream}, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}, timeout=60)
         if not stream:
             got.append(answer.json()["choices"][0]["text"])
             return
@@ -210,7 +226,8 @@ def test_sigterm_loses_no_accepted_request(start: Start) -> None:
     threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(6)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    while running_of(server) < 6:
+        assert all(thread.is_alive() for thread in threads)
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     late = httpx.post(f"{server.url}/v1/completions", json=LONG)
@@ -356,29 +373,36 @@ def test_an_engine_that_dies_ends_the_server(start: Start) -> None:
 # ---- readers that do not read ------------------------------------------------------------------------------
 
 
-def test_a_reader_that_never_reads_is_given_up(start: Start) -> None:
-    server = start("smollm2", "-w", "int4", "--write-timeout", "1")
-    parts = urlsplit(server.url)
-    body = json.dumps({**LONG, "max_tokens": 8000, "stream": True, "n": 16, "logprobs": 20}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+@pytest.fixture(scope="module")
+def impatient(server_cache: Path) -> Iterator[ServerProcess]:
+    made = ServerProcess(
+        "smollm2", "-w", "int4", "--write-timeout", "1", "--header-timeout", "1", cache=server_cache
+    )
+    yield made
+    assert made.stop() == 0
+
+
+def test_a_reader_that_never_reads_is_given_up(impatient: ServerProcess) -> None:
+    parts = urlsplit(impatient.url)
+    fields = {"max_tokens": 8000, "ignore_eos": True, "stream": True, "n": 16}
+    scores = {"logprobs": True, "top_logprobs": 20}  # many bytes
+    messages = [{"role": "user", "content": "Once"}]
+    body = json.dumps({"messages": messages, **fields, **scores}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((parts.hostname, parts.port))
-        connection.sendall(head + body)
+        connection.sendall(head.encode() + body)
         began = time.monotonic()
-        while True:
-            text = httpx.get(f"{server.url}/metrics").text
-            running = next(x for x in text.splitlines() if x.startswith("gristmill:num_requests_running{"))
-            if time.monotonic() - began > 2 and running.endswith(" 0.0"):
-                break
-            assert time.monotonic() - began < 60
-            time.sleep(0.2)
-    assert server.stop() == 0
+        for running in (True, False):
+            while running is (running_of(impatient) == 0):
+                assert time.monotonic() - began < 60
+                time.sleep(0.1)
 
 
-def test_headers_that_dribble_are_cut_off(start: Start) -> None:
-    server = start("smollm2", "--header-timeout", "1")
-    parts = urlsplit(server.url)
+def test_headers_that_dribble_are_cut_off(impatient: ServerProcess) -> None:
+    parts = urlsplit(impatient.url)
     with socket.create_connection((parts.hostname, parts.port)) as connection:
         began = time.monotonic()
         connection.settimeout(0.2)
