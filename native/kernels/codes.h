@@ -10,14 +10,15 @@
 namespace gm::GM_LEVEL {
 
 // A piece of a block's codes is kColumns columns in kBytes. at<v>(piece): its columns 4 v to 4 v + 3, one
-// lane of four bytes per output row.
+// lane of four bytes per output row. loose<v>(piece): the same with anything in the bits from kBits on.
 //
 // Planes of kLow and kHigh bits (0: one plane only): the low and the high bits of every code.
 template <int kLow, int kHigh = 0>
 struct PlaneCodes {
   static constexpr int kColumns = 32 / (kHigh > 0 ? kHigh : kLow);
-  static constexpr int kBytes = kColumns * (kLow + kHigh) * 2;
-  static constexpr bool kNarrow = kLow + kHigh < 8;
+  static constexpr int kBits = kLow + kHigh;
+  static constexpr int kBytes = kColumns * kBits * 2;
+  static constexpr bool kNarrow = kBits < 8;
 
   template <int kVector>
   static vb at(const uint8_t* piece) {
@@ -29,27 +30,58 @@ struct PlaneCodes {
     }
   }
 
+  template <int kVector>
+  static vb loose(const uint8_t* piece) {
+    const vb low = shifted<kLow, 0, kVector>(piece);
+    if constexpr (kHigh == 0) {
+      return low;
+    } else {
+      return vb_merge<(1 << kLow) - 1>(low, shifted<kHigh, kLow, kVector>(piece + kColumns * kLow * 2));
+    }
+  }
+
  private:
+  template <int kWidth, int kVector>
+  static vb load(const uint8_t* plane) {
+    return vb_load(plane + kVector / (8 / kWidth) * 64);
+  }
+  // The bits of a plane that belong at bit kAt, by how much to the right they are.
+  template <int kWidth, int kAt, int kVector>
+  static constexpr int kShift = kVector % (8 / kWidth) * kWidth - kAt;
+
   template <int kWidth, int kAt, int kVector>
   static vb field(const uint8_t* plane) {
-    constexpr int kEach = 8 / kWidth;
-    const vb codes = vb_load(plane + kVector / kEach * 64);
+    const vb codes = load<kWidth, kVector>(plane);
     if constexpr (kWidth == 8) {
       return codes;
     } else {
-      return vb_field<kVector % kEach * kWidth - kAt, ((1 << kWidth) - 1) << kAt>(codes);
+      return vb_field<kShift<kWidth, kAt, kVector>, ((1 << kWidth) - 1) << kAt>(codes);
     }
+  }
+  template <int kWidth, int kAt, int kVector>
+  static vb shifted(const uint8_t* plane) {
+    return vb_shift<kShift<kWidth, kAt, kVector>>(load<kWidth, kVector>(plane));
   }
 };
 
 // 2:4: what is not kept becomes the offset's code, 8, and so adds exactly nothing.
 struct SparseCodes {
-  static constexpr int kColumns = 32, kBytes = 192;
+  static constexpr int kBits = 4, kColumns = 32, kBytes = 192;
   static constexpr bool kNarrow = true;
 
   template <int kVector>
   static vb at(const uint8_t* piece) {
-    const vb values = vb_field<kVector % 4 / 2 * 4, 15>(vb_load(piece + kVector / 4 * 64));
+    return spread<kVector>(vb_field<kVector % 4 / 2 * 4, 15>(vb_load(piece + kVector / 4 * 64)), piece);
+  }
+
+  template <int kVector>
+  static vb loose(const uint8_t* piece) {
+    return spread<kVector>(vb_shift<kVector % 4 / 2 * 4>(vb_load(piece + kVector / 4 * 64)), piece);
+  }
+
+ private:
+  template <int kVector>
+  static vb spread(vb values, const uint8_t* piece) {
     const vi pairs = vi_shr<4 * kVector>(vb_lanes(vb_load(piece + 128)));
     return vb_spread<kVector % 2 * 2>(values, pairs) ^ vb_set1(8);
   }

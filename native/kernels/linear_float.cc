@@ -1,8 +1,11 @@
-// Any weight times f32 or bf16 rows: a strip of at most 256 columns of one block is decoded into the L1 cache
-// and multiplied by all rows, so that every storage shares one arithmetic.
+// Any weight times f32 or bf16 rows.
 //
-// f32: one FMA chain per output, columns ascending. bf16: per pair of columns, the odd then the even product,
-// each a fused step into the same f32 accumulator (what vdpbf16ps does), pairs ascending.
+// f32 rows, and float weights times bf16 rows: a strip of at most 256 columns of one block is decoded into the
+// L1 cache and multiplied by all rows, so that every storage shares one arithmetic. f32: one FMA chain per
+// output, columns ascending. bf16: per pair of columns, the odd then the even product, each a fused step into
+// the same f32 accumulator (what vdpbf16ps does), pairs ascending.
+//
+// Integer weights times bf16 rows: further down.
 #include "codes.h"
 #include "kernels.h"
 #include "vec/vec.h"
@@ -72,18 +75,8 @@ struct Decoder {
     }
   }
 
+  // Of float weights.
   void to_bf16(int64_t k0, int64_t n, uint16_t* strip) const {
-    if (w.integer()) {
-      vf even = vf_zero();
-      each(k0, n, [strip, &even](int64_t c, vf value) {
-        if (c % 2 == 0) {
-          even = value;
-        } else {
-          vh_store(strip + (c - 1) * 16, vh_pack(even, value));
-        }
-      });
-      return;
-    }
     for (int64_t c = 0; c < n; c += 2) {
       vf even, odd;
       if (w.storage == Storage::kF32) {
@@ -201,6 +194,354 @@ void finish(const float* acc, int64_t rows, int64_t block, int64_t n, const Line
   }
 }
 
+// ---- Integer weights times bf16 rows -----------------------------------------------------------------------
+//
+// Codes less their offset are bf16 numbers exactly, and are multiplied as such. One order of operations for
+// one row, whatever the number of rows and the level: within a group, from zero, the chain of fused steps of
+// the float weights; then, groups ascending, y = fma(scale, dot, y) and, for weights with minimums,
+// y = fma(min, sum of the group's x, y), that sum taken in sixteen chains, column c in chain c % 16, folded.
+//
+// Rounded products of codes and E4M3 scales are numbers R(s (code - offset)) / p, p the largest power of two
+// in s, and the group's scale is unit * p (both with s = 2^-9 where it is 0, but the group's scale 0).
+//
+// Few rows: a tile is some blocks of 16 output rows by all rows of activations; what a vector of codes becomes
+// is used for all rows at once and kept nowhere. There are as many blocks as it takes to have chains enough
+// for the latency of a product. More rows: strips as above, whose numbers lack the scales still.
+//
+// Expected, Zen 4: a product of 32 weights every cycle, and every other 512-bit operation as well. 64 bytes of
+// 4-bit codes (128 weights) take 3 shifts, 2 shuffles, 4 look-ups and 4 products per row.
+
+// Numbers by code (bf16), for vt or vm; in memory, where all tiles of a call find them.
+constexpr int64_t kNumbers = 256;
+
+inline vi code_range(int first, int mask) {
+  int32_t codes[16];
+  for (int i = 0; i < 16; ++i) codes[i] = (first + i) & mask;
+  return vi_load(codes);
+}
+
+inline vf largest_power(vf positive) { return vi_as_float(vf_bits(positive) & vi_set1(0x7f800000)); }
+
+// What a group's dot product is multiplied by; `at` counts scales.
+inline vf group_scale(const Weight& w, int64_t at) {
+  const vf scale = load_scales(w, w.scales, at);
+  return w.rounded ? largest_power(scale) * vf_set1(w.unit) : scale;
+}
+
+// Codes less the offset.
+template <class C>
+struct Plain {
+  using Codes = C;
+  struct Group {};
+  vt table;
+
+  static void fill(const Weight& w, uint16_t* numbers) {
+    constexpr int kCodes = C::kBits < 8 ? 64 : 256;
+    for (int i = 0; i < kCodes; i += 16) {
+      vf_store_bf16(numbers + i, vi_float(code_range(i, (1 << C::kBits) - 1) + vi_set1(-w.offset)));
+    }
+  }
+  Plain(const Weight& w, const uint16_t* numbers) : table(vt_load<C::kBits>(numbers, w.offset)) {}
+  Group group(const Weight&, int64_t) const { return {}; }
+  template <int kVector>
+  void pairs(const Weight&, const uint8_t* piece, const Group&, vh& first, vh& second) const {
+    vb_pairs<C::kBits>(C::template loose<kVector>(piece), table, first, second);
+  }
+};
+
+// Rounded products, as they are defined.
+template <class C>
+struct Products {
+  using Codes = C;
+  struct Group {
+    vf scale, inverse;
+  };
+
+  static void fill(const Weight&, uint16_t*) {}
+  Products(const Weight&, const uint16_t*) {}
+  Group group(const Weight& w, int64_t at) const {
+    const vf scale = vf_max(load_scales(w, w.scales, at), vf_set1(0x1p-9f));
+    return {scale, vf_set1(1.0f) / largest_power(scale)};
+  }
+  template <int kVector>
+  void pairs(const Weight& w, const uint8_t* piece, const Group& g, vh& first, vh& second) const {
+    const vi codes = vb_lanes(C::template at<kVector>(piece));
+    const auto number = [&](vi bits) {
+      const vf code = vi_float((bits & vi_set1(255)) + vi_set1(-w.offset));
+      return vf_round_e4m3(g.scale * code) * g.inverse;
+    };
+    first = vh_exact(number(codes), number(vi_shr<8>(codes)));
+    second = vh_exact(number(vi_shr<16>(codes)), number(vi_shr<24>(codes)));
+  }
+};
+
+template <class C>
+struct Rounded : Products<C> {
+  using Products<C>::Products;
+};
+
+#ifdef GM_PRODUCT_TABLE
+// Those of 4 bits from a table by the scale's three bits of mantissa, wherever no product is beyond E4M3.
+template <>
+struct Rounded<PlaneCodes<4>> : Products<PlaneCodes<4>> {
+  using Base = Products<PlaneCodes<4>>;
+  struct Group : Base::Group {
+    vn number;
+    bool table;
+  };
+  vm table;
+  float limit;
+
+  static void fill(const Weight& w, uint16_t* numbers) {
+    const vf codes = vi_float(code_range(0, 15) + vi_set1(-w.offset));
+    for (int i = 0; i < 8; ++i) {
+      vf_store_bf16(numbers + i * 16, vf_round_e4m3(vf_set1(static_cast<float>(8 + i) / 8) * codes));
+    }
+  }
+  Rounded(const Weight& w, const uint16_t* numbers) : Base(w, numbers), table(vm_load(numbers)) {
+    limit = 448.0f / static_cast<float>(w.offset > 15 - w.offset ? w.offset : 15 - w.offset);
+  }
+  Group group(const Weight& w, int64_t at) const {
+    const Base::Group g = Base::group(w, at);
+    return {g, vn_of(g.scale), !vf_any_above(g.scale, limit)};
+  }
+  template <int kVector>
+  void pairs(const Weight& w, const uint8_t* piece, const Group& g, vh& first, vh& second) const {
+    if (g.table) {
+      vb_pairs(Codes::loose<kVector>(piece), table, g.number, first, second);
+    } else {
+      Base::pairs<kVector>(w, piece, g, first, second);
+    }
+  }
+};
+#endif
+
+// A linear layer as far as its tiles need it.
+struct Job {
+  const Weight* w;
+  const uint16_t* x;  // [rows][ldx], zero from column k to kp
+  int64_t ldx;
+  const float* sums;  // of x, [rows][groups]; null without minimums
+  const uint16_t* numbers;
+
+  int64_t columns(int64_t group) const {
+    return group + 1 == w->groups ? w->kp - group * w->group : w->group;
+  }
+};
+
+// y of a group that is complete.
+template <int kRows>
+inline void add_group(const Job& job, int64_t block, int64_t group, int64_t row, const vf* dot, vf* y) {
+  const Weight& w = *job.w;
+  const int64_t at = (block * w.groups + group) * 16;
+  const vf scale = group_scale(w, at);
+  GM_UNROLL(12)
+  for (int r = 0; r < kRows; ++r) y[r] = vf_fma(scale, dot[r], y[r]);
+  if (job.sums != nullptr) {
+    const vf low = load_scales(w, w.mins, at);
+    GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      y[r] = vf_fma(low, vf_set1(job.sums[(row + r) * w.groups + group]), y[r]);
+    }
+  }
+}
+
+// Rows that are multiplied without a strip, and the blocks of their tiles.
+constexpr int kFewRows = kTileRows >= 12 ? 8 : kTileRows;
+constexpr int blocks_of(int rows) {
+  if (kTileRows >= 12) return rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+  return kTileRows >= 4 && rows == 1 ? 2 : 1;
+}
+
+// Blocks from `block` on by all rows: out[block][row][16].
+template <int kRows, int kBlocks, class Numbers>
+void tile_codes(const Job& job, int64_t block, float* out) {
+  using Codes = typename Numbers::Codes;
+  const Weight& w = *job.w;
+  const Numbers numbers(w, job.numbers);
+  const uint8_t* codes = w.codes(block);
+  const int64_t bytes = w.kp / Codes::kColumns * Codes::kBytes;
+  vf y[kBlocks * kRows];
+  GM_UNROLL(8)
+  for (int i = 0; i < kBlocks * kRows; ++i) y[i] = vf_zero();
+  int64_t at = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const uint16_t* x = job.x + g * w.group;
+    const int64_t columns = job.columns(g);
+    typename Numbers::Group group[kBlocks];
+    vf dot[kBlocks * kRows];
+    GM_UNROLL(4)
+    for (int b = 0; b < kBlocks; ++b) group[b] = numbers.group(w, ((block + b) * w.groups + g) * 16);
+    GM_UNROLL(8)
+    for (int i = 0; i < kBlocks * kRows; ++i) dot[i] = vf_zero();
+    for (int64_t c = 0; c < columns; c += Codes::kColumns, at += Codes::kBytes) {
+      // As in linear_int.cc; behind the end of these blocks the next ones begin.
+      int64_t ahead = at + 3072;
+      if (ahead >= bytes) ahead += (kBlocks - 1) * bytes;
+      GM_UNROLL(4)
+      for (int b = 0; b < kBlocks; ++b) {
+        GM_UNROLL(5)
+        for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + b * bytes + ahead + i);
+      }
+      const auto vector = [&]<int kVector>() __attribute__((always_inline)) {
+        GM_UNROLL(4)
+        for (int b = 0; b < kBlocks; ++b) {
+          vh first, second;
+          numbers.template pairs<kVector>(w, codes + b * bytes + at, group[b], first, second);
+          GM_UNROLL(8)
+          for (int r = 0; r < kRows; ++r) {
+            const uint16_t* four = x + r * job.ldx + c + 4 * kVector;
+            vf& sum = dot[b * kRows + r];
+            sum = vf_dot_bf16(vf_dot_bf16(sum, first, four), second, four + 2);
+          }
+        }
+      };
+      [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
+        (vector.template operator()<kVector>(), ...);
+      }(std::make_integer_sequence<int, Codes::kColumns / 4>());
+    }
+    GM_UNROLL(4)
+    for (int b = 0; b < kBlocks; ++b) add_group<kRows>(job, block + b, g, 0, dot + b * kRows, y + b * kRows);
+  }
+  GM_UNROLL(8)
+  for (int i = 0; i < kBlocks * kRows; ++i) vf_store(out + i * 16, y[i]);
+}
+
+// Columns [k0, k0 + n) of a block, within one group, as numbers.
+template <class Numbers>
+void strip_codes(const Job& job, int64_t block, int64_t k0, int64_t n, uint16_t* strip) {
+  using Codes = typename Numbers::Codes;
+  const Weight& w = *job.w;
+  const Numbers numbers(w, job.numbers);
+  const auto group = numbers.group(w, (block * w.groups + k0 / w.group) * 16);
+  const uint8_t* piece = w.codes(block) + k0 / Codes::kColumns * Codes::kBytes;
+  for (int64_t c = 0; c < n; c += Codes::kColumns, piece += Codes::kBytes) {
+    [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
+      const auto vector = [&]<int kAt>() __attribute__((always_inline)) {
+        vh first, second;
+        numbers.template pairs<kAt>(w, piece, group, first, second);
+        vh_store(strip + (c + 4 * kAt) * 16, first);
+        vh_store(strip + (c + 4 * kAt + 2) * 16, second);
+      };
+      (vector.template operator()<kVector>(), ...);
+    }(std::make_integer_sequence<int, Codes::kColumns / 4>());
+  }
+}
+
+// A strip times rows from `row` on, added to sums [row][2][16] of y and of the group that is not complete.
+template <int kRows>
+void tile_strip(const Job& job, const uint16_t* strip, int64_t block, int64_t k0, int64_t n, int64_t row,
+                float* sums) {
+  const Weight& w = *job.w;
+  const uint16_t* x = job.x + row * job.ldx + k0;
+  float* at = sums + row * 32;
+  vf y[kRows], dot[kRows];
+  GM_UNROLL(12)
+  for (int r = 0; r < kRows; ++r) {
+    y[r] = vf_load(at + r * 32);
+    dot[r] = vf_load(at + r * 32 + 16);
+  }
+  int64_t group = k0 / w.group;
+  for (int64_t c = 0; c < n; ++group) {
+    const int64_t end = group * w.group + job.columns(group) - k0, stop = end < n ? end : n;
+    for (; c < stop; c += 2) {
+      const vh pair = vh_load(strip + c * 16);
+      GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) dot[r] = vf_dot_bf16(dot[r], pair, x + r * job.ldx + c);
+    }
+    if (c < end) break;
+    add_group<kRows>(job, block, group, row, dot, y);
+    GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) dot[r] = vf_zero();
+  }
+  GM_UNROLL(12)
+  for (int r = 0; r < kRows; ++r) {
+    vf_store(at + r * 32, y[r]);
+    vf_store(at + r * 32 + 16, dot[r]);
+  }
+}
+
+using TileCodes = void (*)(const Job&, int64_t, float*);
+using TileStrip = void (*)(const Job&, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float*);
+
+template <int... kRows>
+TileStrip pick_strip(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr TileStrip tiles[] = {tile_strip<kRows + 1>...};
+  return tiles[rows - 1];
+}
+
+// [rows - 1][whether one block]
+template <class Numbers, int... kRows>
+TileCodes pick_tile(int64_t rows, bool single, std::integer_sequence<int, kRows...>) {
+  static constexpr TileCodes tiles[][2] = {
+      {tile_codes<kRows + 1, blocks_of(kRows + 1), Numbers>, tile_codes<kRows + 1, 1, Numbers>}...};
+  return tiles[rows - 1][single];
+}
+
+// Sums of the rows' groups.
+void sum_groups(const Job& job, int64_t rows, float* sums) {
+  const Weight& w = *job.w;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const uint16_t* x = job.x + r * job.ldx + g * w.group;
+      const int64_t columns = job.columns(g), whole = columns / 16 * 16;
+      vf sum = vf_zero();
+      for (int64_t c = 0; c < whole; c += 16) sum = sum + vf_load_bf16(x + c);
+      uint16_t rest[16] = {};
+      memcpy(rest, x + whole, static_cast<size_t>(columns - whole) * 2);
+      sums[r * w.groups + g] = vf_sum(sum + vf_load_bf16(rest));
+    }
+  }
+}
+
+template <class Numbers>
+void linear_codes(Job job, int64_t rows, int64_t block_begin, int64_t block_end, const LinearOut& out,
+                  float* scratch) {
+  const Weight& w = *job.w;
+  uint16_t numbers[kNumbers];
+  Numbers::fill(w, numbers);
+  job.numbers = numbers;
+  if (w.mins != nullptr) {
+    sum_groups(job, rows, scratch);
+    job.sums = scratch;
+    scratch += rows * w.groups;
+  }
+  if (rows <= kFewRows) {
+    constexpr auto heights = std::make_integer_sequence<int, kFewRows>();
+    const int64_t most = blocks_of(static_cast<int>(rows));
+    for (int64_t b = block_begin; b < block_end;) {
+      const int64_t blocks = block_end - b < most ? 1 : most;
+      pick_tile<Numbers>(rows, blocks == 1, heights)(job, b, scratch);
+      for (int64_t i = 0; i < blocks; ++i) finish(scratch + i * rows * 16, rows, b + i, w.n, out);
+      b += blocks;
+    }
+    return;
+  }
+  auto* strip = reinterpret_cast<uint16_t*>(scratch);
+  float* sums = scratch + kStrip * 8;
+  float* acc = sums + rows * 32;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t b = block_begin; b < block_end; ++b) {
+    memset(sums, 0, static_cast<size_t>(rows) * 128);
+    for (int64_t k0 = 0; k0 < w.kp; k0 += kStrip) {
+      const int64_t n = w.kp - k0 < kStrip ? w.kp - k0 : kStrip;
+      for (int64_t c = 0; c < n;) {
+        const int64_t group = (k0 + c) / w.group;
+        const int64_t end = group * w.group + job.columns(group) - k0, stop = end < n ? end : n;
+        strip_codes<Numbers>(job, b, k0 + c, stop - c, strip + c * 16);
+        c = stop;
+      }
+      // Tiles as even as they can be: one of few rows would wait for its own products.
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
+        pick_strip(height, std::make_integer_sequence<int, kTileRows>())(job, strip, b, k0, n, row, sums);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) memcpy(acc + r * 16, sums + r * 32, 64);
+    finish(acc, rows, b, w.n, out);
+  }
+}
+
 }  // namespace
 
 void linear_f32(const Weight& w, const float* x, int64_t ldx, int64_t rows, int64_t block_begin,
@@ -228,6 +569,17 @@ void linear_f32(const Weight& w, const float* x, int64_t ldx, int64_t rows, int6
 
 void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
                  int64_t block_end, const LinearOut& out, void* scratch) {
+  if (rows == 0) return;
+  if (w.integer()) {
+    Job job{&w, x, ldx, nullptr, nullptr};
+    with_codes(w.storage, [&](auto storage) {
+      using Codes = decltype(storage);
+      auto* floats = static_cast<float*>(scratch);
+      w.rounded ? linear_codes<Rounded<Codes>>(job, rows, block_begin, block_end, out, floats)
+                : linear_codes<Plain<Codes>>(job, rows, block_begin, block_end, out, floats);
+    });
+    return;
+  }
   uint16_t* strip = static_cast<uint16_t*>(scratch);
   float* acc = reinterpret_cast<float*>(strip + kStrip * 16);
   for (int64_t b = block_begin; b < block_end; ++b) {

@@ -270,8 +270,9 @@ struct AmxBf16Shape {
 
 // Scratch a thread needs for one linear of any kind.
 inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
-  int64_t bytes = 256 * 16 * 4 + rows * 16 * 4;  // decoded strip and accumulators (f32, bf16)
+  int64_t bytes = 256 * 16 * 4 + rows * 16 * 12;  // decoded strip and accumulators (f32, bf16)
   if (w.integer() && w.groups > 0) {
+    bytes += rows * w.groups * 4;                // sums of groups (bf16)
     const int64_t sums = rows * w.groups * 8;  // corrections and minimum sums (int8)
     const int64_t tiles = AmxShape(w).scratch_bytes(rows);
     if (sums > bytes) bytes = sums;

@@ -125,15 +125,29 @@ inline vb vb_set1(uint8_t x) {
 }
 inline vb operator|(vb x, vb y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline vb operator^(vb x, vb y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
-template <int kShift, int kMask>
-inline __m256i field256(__m256i x) {
+template <int kShift>
+inline __m256i shift256(__m256i x) {
   if constexpr (kShift > 0) x = _mm256_srli_epi16(x, kShift);
   if constexpr (kShift < 0) x = _mm256_slli_epi16(x, -kShift);
-  return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(kMask)));
+  return x;
+}
+template <int kShift, int kMask>
+inline __m256i field256(__m256i x) {
+  return _mm256_and_si256(shift256<kShift>(x), _mm256_set1_epi8(static_cast<char>(kMask)));
 }
 template <int kShift, int kMask>
 inline vb vb_field(vb x) {
   return {field256<kShift, kMask>(x.a), field256<kShift, kMask>(x.b)};
+}
+template <int kShift>
+inline vb vb_shift(vb x) {
+  return {shift256<kShift>(x.a), shift256<kShift>(x.b)};
+}
+template <int kMask>
+inline vb vb_merge(vb x, vb y) {
+  const __m256i m = _mm256_set1_epi8(static_cast<char>(kMask));
+  return {_mm256_or_si256(_mm256_and_si256(m, x.a), _mm256_andnot_si256(m, y.a)),
+          _mm256_or_si256(_mm256_and_si256(m, x.b), _mm256_andnot_si256(m, y.b))};
 }
 inline vi vb_lanes(vb x) { return {x.a, x.b}; }
 template <int kFirst>
@@ -186,6 +200,31 @@ inline __m256i codes256(__m256i words) {
 }
 inline vh vh_codes(vh words) { return {codes256(words.a), codes256(words.b)}; }
 inline vh vh_next_codes(vh words) { return {_mm256_srli_epi16(words.a, 4), _mm256_srli_epi16(words.b, 4)}; }
+inline __m256i exact256(__m256 even, __m256 odd) {
+  return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(even), 16), _mm256_castps_si256(odd));
+}
+inline vh vh_exact(vf even, vf odd) { return {exact256(even.a, odd.a), exact256(even.b, odd.b)}; }
+struct vt {
+  __m256 offset;
+};
+template <int kBits>
+inline vt vt_load(const uint16_t*, int offset) {
+  return {_mm256_set1_ps(static_cast<float>(offset))};
+}
+template <int kBits>
+inline void pairs256(__m256i codes, __m256 offset, __m256i& first, __m256i& second) {
+  const __m256i mask = _mm256_set1_epi32((1 << kBits) - 1);
+  const auto number = [&](__m256i column) {
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(column, mask)), offset);
+  };
+  first = exact256(number(codes), number(_mm256_srli_epi32(codes, 8)));
+  second = exact256(number(_mm256_srli_epi32(codes, 16)), number(_mm256_srli_epi32(codes, 24)));
+}
+template <int kBits>
+inline void vb_pairs(vb codes, vt table, vh& first, vh& second) {
+  pairs256<kBits>(codes.a, table.offset, first.a, second.a);
+  pairs256<kBits>(codes.b, table.offset, first.b, second.b);
+}
 // Eight f16 in the low halves of 32-bit lanes; packing works within 128-bit lanes, the permutation restores
 // order.
 inline __m256 low_f16(__m256i x) {

@@ -102,6 +102,16 @@ inline vb vb_field(vb a) {
   if constexpr (kShift < 0) a.v = _mm512_slli_epi16(a.v, -kShift);
   return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(kMask)))};
 }
+template <int kShift>
+inline vb vb_shift(vb a) {
+  if constexpr (kShift > 0) a.v = _mm512_srli_epi16(a.v, kShift);
+  if constexpr (kShift < 0) a.v = _mm512_slli_epi16(a.v, -kShift);
+  return a;
+}
+template <int kMask>
+inline vb vb_merge(vb a, vb b) {
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(kMask)), a.v, b.v, 0xca)};
+}
 inline vi vb_lanes(vb a) { return {a.v}; }
 template <int kFirst>
 inline vb vb_spread(vb a, vi pairs) {
@@ -123,6 +133,82 @@ inline vh vh_load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
 // The low four bits of each 16-bit word, -8..7, as bf16; and the words with the next four bits lowest.
 inline vh vh_codes(vh words) { return {_mm512_permutexvar_epi16(words.v, _mm512_load_si512(kCodeTable))}; }
 inline vh vh_next_codes(vh words) { return {_mm512_srli_epi16(words.v, 4)}; }
+inline vh vh_exact(vf even, vf odd) {
+  return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even.v), 16), _mm512_castps_si512(odd.v))};
+}
+struct vt {
+  __m512i low, high;  // the first 64 values; with codes of 8 bits: 2^23, and what 2^23 + code is too large by
+};
+template <int kBits>
+inline vt vt_load(const uint16_t* values, int offset) {
+  if constexpr (kBits == 8) {
+    return {_mm512_set1_epi32(0x4b000000),
+            _mm512_castps_si512(_mm512_set1_ps(8388608.0f + static_cast<float>(offset)))};
+  }
+  return {_mm512_loadu_si512(values), _mm512_loadu_si512(values + 32)};
+}
+// The bytes of each lane in the order 0, 2, 1, 3: even bytes are then the first pair, odd ones the second.
+inline __m512i even_first(__m512i a) {
+  return _mm512_shuffle_epi8(
+      a, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
+}
+template <int kBits>
+inline __m512i look_up(__m512i words, const vt& table) {
+  if constexpr (kBits <= 5) return _mm512_permutexvar_epi16(words, table.low);
+  return _mm512_permutex2var_epi16(table.low, words, table.high);
+}
+template <int kBits>
+inline void vb_pairs(vb codes, const vt& table, vh& first, vh& second) {
+  if constexpr (kBits == 8) {
+    const auto number = [&](__m512i column) -> vf {
+      const __m512i bits = _mm512_ternarylogic_epi32(column, _mm512_set1_epi32(255), table.low, 0xea);
+      return {_mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(table.high))};
+    };
+    first = vh_exact(number(codes.v), number(_mm512_srli_epi32(codes.v, 8)));
+    second = vh_exact(number(_mm512_srli_epi32(codes.v, 16)), number(_mm512_srli_epi32(codes.v, 24)));
+  } else {
+    const __m512i words = even_first(codes.v);
+    first = {look_up<kBits>(words, table)};
+    second = {look_up<kBits>(_mm512_srli_epi16(words, 8), table)};
+  }
+}
+
+// Codes of 4 bits times one of eight numbers, of which each lane has its own: bf16 [number][code].
+#define GM_PRODUCT_TABLE 1
+struct vm {
+  __m512i values[4];
+};
+inline vm vm_load(const uint16_t* values) {
+  return {{_mm512_loadu_si512(values), _mm512_loadu_si512(values + 32), _mm512_loadu_si512(values + 64),
+           _mm512_loadu_si512(values + 96)}};
+}
+// The lanes' numbers, from the highest three bits of a float's mantissa.
+struct vn {
+  __m512i row;     // sixteen times the number modulo four, in both words of a lane
+  __mmask32 high;  // words of numbers from four on
+};
+inline vn vn_of(vf a) {
+  const __m512i top = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+  const __m512i both = _mm512_or_si512(top, _mm512_slli_epi32(top, 16));
+  return {_mm512_and_si512(both, _mm512_set1_epi16(0x30)),
+          _mm512_test_epi16_mask(both, _mm512_set1_epi16(0x40))};
+}
+inline __m512i look_up(__m512i words, const vm& table, vn number) {
+  const __m512i at = _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(15), number.row, 0xea);
+  // What one look-up leaves alone is still the index of the other.
+  const __m512i low =
+      _mm512_mask2_permutex2var_epi16(table.values[0], at, _knot_mask32(number.high), table.values[1]);
+  return _mm512_mask2_permutex2var_epi16(table.values[2], low, number.high, table.values[3]);
+}
+inline void vb_pairs(vb codes, const vm& table, vn number, vh& first, vh& second) {
+  const __m512i words = even_first(codes.v);
+  first = {look_up(words, table, number)};
+  second = {look_up(_mm512_srli_epi16(words, 8), table, number)};
+}
+inline bool vf_any_above(vf a, float limit) {
+  return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
+
 // The even or the odd elements, read as f16.
 inline vf vh_even_f16(vh a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
 inline vf vh_odd_f16(vh a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)))}; }

@@ -208,6 +208,17 @@ inline vb vb_field(vb a) {
   }
   return a;
 }
+// The same without a mask: what comes in from the next byte is anything.
+template <int kShift>
+inline vb vb_shift(vb a) {
+  return vb_field<kShift, 255>(a);
+}
+// The bits of kMask from a, the others from b.
+template <int kMask>
+inline vb vb_merge(vb a, vb b) {
+  for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>((a.v[i] & kMask) | (b.v[i] & ~kMask));
+  return a;
+}
 // Each lane's four bytes as a number, the first byte lowest.
 inline vi vb_lanes(vb a) {
   vi r;
@@ -254,7 +265,27 @@ inline vh vh_next_codes(vh words) {
   for (uint16_t& x : words.v) x = static_cast<uint16_t>(x >> 4);
   return words;
 }
-// The even (low) and the odd (high) value of each lane's pair, widened.
+// Pairs (even, odd) of values that bf16 holds.
+inline vh vh_exact(vf even, vf odd) { return vh_pack(even, odd); }
+// What codes of kBits bits are, less the offset: bf16 by byte (64 of them below 8 bits); bits of the byte from
+// kBits on do not count.
+struct vt {
+  const uint16_t* values;
+};
+template <int kBits>
+inline vt vt_load(const uint16_t* values, int) {
+  return {values};
+}
+// The four columns of a lane as two pairs.
+template <int kBits>
+inline void vb_pairs(vb codes, vt table, vh& first, vh& second) {
+  constexpr int kMask = kBits < 8 ? 63 : 255;
+  for (int i = 0; i < 32; ++i) {
+    const int byte = i / 2 * 4 + i % 2;
+    first.v[i] = table.values[codes.v[byte] & kMask];
+    second.v[i] = table.values[codes.v[byte + 2] & kMask];
+  }
+}
 // The even or the odd elements, read as f16.
 inline vf vh_even_f16(vh a) {
   vf r;
@@ -266,6 +297,7 @@ inline vf vh_odd_f16(vh a) {
   GM_EACH r.v[i] = half_to_float(a.v[2 * i + 1]);
   return r;
 }
+// The even (low) and the odd (high) value of each lane's pair, widened.
 inline vf vh_even(vh a) {
   vf r;
   GM_EACH {
