@@ -96,7 +96,7 @@ __attribute__((always_inline)) inline void each_vector(const uint8_t* piece, Fn 
 }
 
 // The scales, or minimums, of 16 rows: those from number `at` on.
-inline vf load_scales(const Weight& w, const void* base, int64_t at) {
+__attribute__((always_inline)) inline vf load_scales(const Weight& w, const void* base, int64_t at) {
   if (w.e4m3_scales) {
     const vf scale = vf_load_e4m3(static_cast<const uint8_t*>(base) + at);
     return w.rounded ? scale : scale * vf_set1(w.unit);

@@ -1,9 +1,9 @@
 // Any weight times f32 or bf16 rows.
 //
-// f32 rows, and float weights times bf16 rows: a strip of at most 256 columns of one block is decoded into the
-// L1 cache and multiplied by all rows, so that every storage shares one arithmetic. f32: one FMA chain per
-// output, columns ascending. bf16: per pair of columns, the odd then the even product, each a fused step into
-// the same f32 accumulator (what vdpbf16ps does), pairs ascending.
+// f32 rows, and float weights times bf16 rows: a strip of at most 256 columns of one block is decoded into
+// the L1 cache and multiplied by all rows, so that every storage shares one arithmetic. f32: one FMA chain
+// per output, columns ascending. bf16: per pair of columns, the odd then the even product, each a fused step
+// into the same f32 accumulator (what vdpbf16ps does), pairs ascending.
 //
 // Integer weights times bf16 rows: further down.
 #include "codes.h"
@@ -14,6 +14,7 @@ namespace gm::GM_LEVEL {
 namespace {
 
 constexpr int64_t kStrip = 256;
+constexpr int64_t kPanelRows = kLinearPanelRows;
 
 // Columns [k0, k0 + n) of a block, as f32 [n][16]; padding columns decode to finite values that meet zeros in
 // x.
@@ -181,20 +182,22 @@ void decode_codes(const Weight& w, int64_t block, int64_t lane, float* out) {
   }
 }
 
-void finish(const float* acc, int64_t rows, int64_t block, int64_t n, const LinearOut& out) {
+// The sums of rows [first, first + rows), with bias and residual, to their place.
+void finish(const float* acc, int64_t first, int64_t rows, int64_t block, int64_t n, const LinearOut& out) {
   const int lanes = static_cast<int>(n - block * 16 < 16 ? n - block * 16 : 16);
   const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + block * 16, lanes);
   for (int64_t r = 0; r < rows; ++r) {
-    float* to = out.out + r * out.ld + block * 16;
+    float* to = out.out + (first + r) * out.ld + block * 16;
     vf value = vf_load(acc + r * 16);
-    if (out.row_scale != nullptr) value = value * vf_set1(out.row_scale[r]);
+    if (out.row_scale != nullptr) value = value * vf_set1(out.row_scale[first + r]);
     value = value + bias;
     if (out.accumulate) value = vf_load_n(to, lanes) + value;
     vf_store_n(to, value, lanes);
   }
 }
 
-// ---- Integer weights times bf16 rows -----------------------------------------------------------------------
+// ---- Integer weights times bf16 rows
+// -----------------------------------------------------------------------
 //
 // Codes less their offset are bf16 numbers exactly, and are multiplied as such. One order of operations for
 // one row, whatever the number of rows and the level: within a group, from zero, the chain of fused steps of
@@ -204,12 +207,15 @@ void finish(const float* acc, int64_t rows, int64_t block, int64_t n, const Line
 // Rounded products of codes and E4M3 scales are numbers R(s (code - offset)) / p, p the largest power of two
 // in s, and the group's scale is unit * p (both with s = 2^-9 where it is 0, but the group's scale 0).
 //
-// Few rows: a tile is some blocks of 16 output rows by all rows of activations; what a vector of codes becomes
-// is used for all rows at once and kept nowhere. There are as many blocks as it takes to have chains enough
-// for the latency of a product. More rows: strips as above, whose numbers lack the scales still.
+// Few rows: a tile is one or some blocks of 16 output rows by at most 8 rows of activations; what a vector of
+// codes becomes is used for all of them at once and kept nowhere. There are as many blocks as it takes to
+// have chains enough for the latency of a product. More rows: strips as above, whose numbers lack the scales
+// still.
 //
-// Expected, Zen 4: a product of 32 weights every cycle, and every other 512-bit operation as well. 64 bytes of
-// 4-bit codes (128 weights) take 3 shifts, 2 shuffles, 4 look-ups and 4 products per row.
+// Zen 4 starts a product of 32 weights every cycle, and has six cycles to wait for it; shifts, shuffles and
+// look-ups are one per cycle, too, partly on the same ports. 64 bytes of 4-bit codes (128 weights) take 3
+// shifts, 2 shuffles, 4 look-ups and 4 products per row: some 9 cycles with one row, which is about as fast
+// as one core reads memory, 16 at least with four, 64 with sixteen.
 
 // Numbers by code (bf16), for vt or vm; in memory, where all tiles of a call find them.
 constexpr int64_t kNumbers = 256;
@@ -222,8 +228,11 @@ inline vi code_range(int first, int mask) {
 
 inline vf largest_power(vf positive) { return vi_as_float(vf_bits(positive) & vi_set1(0x7f800000)); }
 
-// What a group's dot product is multiplied by; `at` counts scales.
-inline vf group_scale(const Weight& w, int64_t at) {
+// What a group's dot product and its sum of x are multiplied by; `at` counts scales.
+__attribute__((always_inline)) inline vf group_min(const Weight& w, int64_t at) {
+  return w.mins == nullptr ? vf_zero() : load_scales(w, w.mins, at);
+}
+__attribute__((always_inline)) inline vf group_scale(const Weight& w, int64_t at) {
   const vf scale = load_scales(w, w.scales, at);
   return w.rounded ? largest_power(scale) * vf_set1(w.unit) : scale;
 }
@@ -281,14 +290,13 @@ struct Rounded : Products<C> {
 };
 
 #ifdef GM_PRODUCT_TABLE
-// Those of 4 bits from a table by the scale's three bits of mantissa, wherever no product is beyond E4M3.
+// Those of 4 bits from a table by the scale's three bits of mantissa; groups with products beyond E4M3, which
+// are not in it, as defined.
 template <>
-struct Rounded<PlaneCodes<4>> : Products<PlaneCodes<4>> {
-  using Base = Products<PlaneCodes<4>>;
-  struct Group : Base::Group {
-    vn number;
-    bool table;
-  };
+struct Rounded<PlaneCodes<4>> {
+  using Codes = PlaneCodes<4>;
+  using Defined = Products<Codes>;
+  using Group = vn;
   vm table;
   float limit;
 
@@ -298,20 +306,14 @@ struct Rounded<PlaneCodes<4>> : Products<PlaneCodes<4>> {
       vf_store_bf16(numbers + i * 16, vf_round_e4m3(vf_set1(static_cast<float>(8 + i) / 8) * codes));
     }
   }
-  Rounded(const Weight& w, const uint16_t* numbers) : Base(w, numbers), table(vm_load(numbers)) {
+  Rounded(const Weight& w, const uint16_t* numbers) : table(vm_load(numbers)) {
     limit = 448.0f / static_cast<float>(w.offset > 15 - w.offset ? w.offset : 15 - w.offset);
   }
-  Group group(const Weight& w, int64_t at) const {
-    const Base::Group g = Base::group(w, at);
-    return {g, vn_of(g.scale), !vf_any_above(g.scale, limit)};
-  }
+  bool has(const Weight& w, int64_t at) const { return !vf_any_above(load_scales(w, w.scales, at), limit); }
+  Group group(const Weight& w, int64_t at) const { return vn_of(load_scales(w, w.scales, at)); }
   template <int kVector>
-  void pairs(const Weight& w, const uint8_t* piece, const Group& g, vh& first, vh& second) const {
-    if (g.table) {
-      vb_pairs(Codes::loose<kVector>(piece), table, g.number, first, second);
-    } else {
-      Base::pairs<kVector>(w, piece, g, first, second);
-    }
+  void pairs(const Weight&, const uint8_t* piece, const Group& g, vh& first, vh& second) const {
+    vb_pairs(Codes::loose<kVector>(piece), table, g, first, second);
   }
 };
 #endif
@@ -329,112 +331,179 @@ struct Job {
   }
 };
 
-// y of a group that is complete.
-template <int kRows>
-inline void add_group(const Job& job, int64_t block, int64_t group, int64_t row, const vf* dot, vf* y) {
-  const Weight& w = *job.w;
-  const int64_t at = (block * w.groups + group) * 16;
-  const vf scale = group_scale(w, at);
+// Rows from `row` on in the order in which a tile of `height` rows reads them: [kp / 2][height][2]. Rows
+// apart by a power of two would push each other out of the cache.
+const uint16_t* pack(const Job& job, int64_t row, int64_t height, uint16_t* to) {
+  const uint16_t* from = job.x + row * job.ldx;
+  if (height == 1) return from;
+  for (int64_t r = 0; r < height; ++r) {
+    for (int64_t c = 0; c < job.w->kp; c += 2) memcpy(to + c * height + r * 2, from + r * job.ldx + c, 4);
+  }
+  return to;
+}
+
+// y[block][row] of a group that is complete, by the blocks' scales and minimums.
+template <int kRows, int kBlocks>
+__attribute__((always_inline)) inline void add_group(const Job& job, int64_t group, int64_t row,
+                                                     const vf* scale, const vf* low, const vf* dot, vf* y) {
   GM_UNROLL(12)
-  for (int r = 0; r < kRows; ++r) y[r] = vf_fma(scale, dot[r], y[r]);
+  for (int i = 0; i < kBlocks * kRows; ++i) y[i] = vf_fma(scale[i / kRows], dot[i], y[i]);
   if (job.sums != nullptr) {
-    const vf low = load_scales(w, w.mins, at);
+    const int64_t groups = job.w->groups;
+    const float* sums = job.sums + row * groups + group;
     GM_UNROLL(12)
-    for (int r = 0; r < kRows; ++r) {
-      y[r] = vf_fma(low, vf_set1(job.sums[(row + r) * w.groups + group]), y[r]);
+    for (int i = 0; i < kBlocks * kRows; ++i) {
+      y[i] = vf_fma(low[i / kRows], vf_set1(sums[i % kRows * groups]), y[i]);
     }
   }
 }
 
-// Rows that are multiplied without a strip, and the blocks of their tiles.
-constexpr int kFewRows = kTileRows >= 12 ? 8 : kTileRows;
+// Rows that are multiplied without a strip, at most; rows of their tiles, and blocks.
+constexpr int kFewRows = kTileRows >= 12 ? 24 : kTileRows;
+constexpr int kFewHeight = kTileRows >= 12 ? 8 : kTileRows;
 constexpr int blocks_of(int rows) {
   if (kTileRows >= 12) return rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
   return kTileRows >= 4 && rows == 1 ? 2 : 1;
 }
 
-// Blocks from `block` on by all rows: out[block][row][16].
+// Adds a group's columns of some blocks to dot[block][row]. Its scales are those from number `scales` on, for
+// the first block, its codes in `codes` from byte `at` on.
 template <int kRows, int kBlocks, class Numbers>
-void tile_codes(const Job& job, int64_t block, float* out) {
+__attribute__((always_inline)) inline void dot_group(const Job& job, const Numbers& numbers, int64_t scales,
+                                                     const uint16_t* x, const uint8_t* codes, int64_t at,
+                                                     int64_t columns, vf* dot) {
+  using Codes = typename Numbers::Codes;
+  const Weight& w = *job.w;
+  const int64_t bytes = w.kp / Codes::kColumns * Codes::kBytes;
+  typename Numbers::Group group[kBlocks];
+  GM_UNROLL(4)
+  for (int b = 0; b < kBlocks; ++b) group[b] = numbers.group(w, scales + b * w.groups * 16);
+  for (int64_t c = 0; c < columns; c += Codes::kColumns, at += Codes::kBytes, x += Codes::kColumns * kRows) {
+    // As in linear_int.cc; behind the end of these blocks the next ones begin.
+    int64_t ahead = at + 3072;
+    if (ahead >= bytes) ahead += (kBlocks - 1) * bytes;
+    GM_UNROLL(4)
+    for (int b = 0; b < kBlocks; ++b) {
+      GM_UNROLL(5)
+      for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + b * bytes + ahead + i);
+    }
+    const auto vector = [&]<int kVector>() __attribute__((always_inline)) {
+      GM_UNROLL(4)
+      for (int b = 0; b < kBlocks; ++b) {
+        vh first, second;
+        numbers.template pairs<kVector>(w, codes + b * bytes + at, group[b], first, second);
+        GM_UNROLL(8)
+        for (int r = 0; r < kRows; ++r) {
+          const uint16_t* four = x + 4 * kVector * kRows + 2 * r;
+          vf& sum = dot[b * kRows + r];
+          sum = vf_dot_bf16(vf_dot_bf16(sum, first, four), second, four + 2 * kRows);
+        }
+      }
+    };
+    [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
+      (vector.template operator()<kVector>(), ...);
+    }(std::make_integer_sequence<int, Codes::kColumns / 4>());
+  }
+}
+
+// Blocks from `block` on by packed rows, those from `row` on: out[block][row][16].
+template <int kRows, int kBlocks, class Numbers>
+void tile_codes(const Job& job, const uint16_t* x, int64_t block, int64_t row, float* out) {
   using Codes = typename Numbers::Codes;
   const Weight& w = *job.w;
   const Numbers numbers(w, job.numbers);
   const uint8_t* codes = w.codes(block);
-  const int64_t bytes = w.kp / Codes::kColumns * Codes::kBytes;
   vf y[kBlocks * kRows];
   GM_UNROLL(8)
   for (int i = 0; i < kBlocks * kRows; ++i) y[i] = vf_zero();
   int64_t at = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
-    const uint16_t* x = job.x + g * w.group;
-    const int64_t columns = job.columns(g);
-    typename Numbers::Group group[kBlocks];
+    const int64_t columns = job.columns(g), scales = (block * w.groups + g) * 16;
     vf dot[kBlocks * kRows];
-    GM_UNROLL(4)
-    for (int b = 0; b < kBlocks; ++b) group[b] = numbers.group(w, ((block + b) * w.groups + g) * 16);
     GM_UNROLL(8)
     for (int i = 0; i < kBlocks * kRows; ++i) dot[i] = vf_zero();
-    for (int64_t c = 0; c < columns; c += Codes::kColumns, at += Codes::kBytes) {
-      // As in linear_int.cc; behind the end of these blocks the next ones begin.
-      int64_t ahead = at + 3072;
-      if (ahead >= bytes) ahead += (kBlocks - 1) * bytes;
-      GM_UNROLL(4)
-      for (int b = 0; b < kBlocks; ++b) {
-        GM_UNROLL(5)
-        for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + b * bytes + ahead + i);
+    bool has = true;
+    if constexpr (requires { typename Numbers::Defined; }) {
+      for (int b = 0; b < kBlocks; ++b) has = has && numbers.has(w, scales + b * w.groups * 16);
+      if (!has) {
+        const typename Numbers::Defined defined(w, job.numbers);
+        dot_group<kRows, kBlocks>(job, defined, scales, x, codes, at, columns, dot);
       }
-      const auto vector = [&]<int kVector>() __attribute__((always_inline)) {
-        GM_UNROLL(4)
-        for (int b = 0; b < kBlocks; ++b) {
-          vh first, second;
-          numbers.template pairs<kVector>(w, codes + b * bytes + at, group[b], first, second);
-          GM_UNROLL(8)
-          for (int r = 0; r < kRows; ++r) {
-            const uint16_t* four = x + r * job.ldx + c + 4 * kVector;
-            vf& sum = dot[b * kRows + r];
-            sum = vf_dot_bf16(vf_dot_bf16(sum, first, four), second, four + 2);
-          }
-        }
-      };
-      [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
-        (vector.template operator()<kVector>(), ...);
-      }(std::make_integer_sequence<int, Codes::kColumns / 4>());
     }
-    GM_UNROLL(4)
-    for (int b = 0; b < kBlocks; ++b) add_group<kRows>(job, block + b, g, 0, dot + b * kRows, y + b * kRows);
+    if (has) dot_group<kRows, kBlocks>(job, numbers, scales, x, codes, at, columns, dot);
+    vf scale[kBlocks], low[kBlocks];
+    GM_UNROLL(1)  // there are many kinds of scales
+    for (int b = 0; b < kBlocks; ++b) {
+      scale[b] = group_scale(w, scales + b * w.groups * 16);
+      low[b] = group_min(w, scales + b * w.groups * 16);
+    }
+    add_group<kRows, kBlocks>(job, g, row, scale, low, dot, y);
+    at += columns / Codes::kColumns * Codes::kBytes;
+    x += columns * kRows;
   }
   GM_UNROLL(8)
   for (int i = 0; i < kBlocks * kRows; ++i) vf_store(out + i * 16, y[i]);
 }
 
-// Columns [k0, k0 + n) of a block, within one group, as numbers.
+// Columns of a block as numbers, with the scales and minimums of the groups that they are in.
+struct Strip {
+  int64_t begin, columns;
+  uint16_t* numbers;
+  alignas(64) float scales[kStrip / 8 + 1][16];
+  alignas(64) float lows[kStrip / 8 + 1][16];
+};
+
+// Columns from `begin` on, `n` of them, within one group.
 template <class Numbers>
-void strip_codes(const Job& job, int64_t block, int64_t k0, int64_t n, uint16_t* strip) {
+void strip_group(const Job& job, int64_t block, int64_t begin, int64_t n, uint16_t* to) {
   using Codes = typename Numbers::Codes;
   const Weight& w = *job.w;
   const Numbers numbers(w, job.numbers);
-  const auto group = numbers.group(w, (block * w.groups + k0 / w.group) * 16);
-  const uint8_t* piece = w.codes(block) + k0 / Codes::kColumns * Codes::kBytes;
+  const int64_t scales = (block * w.groups + begin / w.group) * 16;
+  if constexpr (requires { typename Numbers::Defined; }) {
+    if (!numbers.has(w, scales)) {
+      strip_group<typename Numbers::Defined>(job, block, begin, n, to);
+      return;
+    }
+  }
+  const auto group = numbers.group(w, scales);
+  const uint8_t* piece = w.codes(block) + begin / Codes::kColumns * Codes::kBytes;
   for (int64_t c = 0; c < n; c += Codes::kColumns, piece += Codes::kBytes) {
     [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
       const auto vector = [&]<int kAt>() __attribute__((always_inline)) {
         vh first, second;
         numbers.template pairs<kAt>(w, piece, group, first, second);
-        vh_store(strip + (c + 4 * kAt) * 16, first);
-        vh_store(strip + (c + 4 * kAt + 2) * 16, second);
+        vh_store(to + (c + 4 * kAt) * 16, first);
+        vh_store(to + (c + 4 * kAt + 2) * 16, second);
       };
       (vector.template operator()<kVector>(), ...);
     }(std::make_integer_sequence<int, Codes::kColumns / 4>());
   }
 }
 
-// A strip times rows from `row` on, added to sums [row][2][16] of y and of the group that is not complete.
-template <int kRows>
-void tile_strip(const Job& job, const uint16_t* strip, int64_t block, int64_t k0, int64_t n, int64_t row,
-                float* sums) {
+template <class Numbers>
+void fill_strip(const Job& job, int64_t block, int64_t begin, Strip& strip) {
   const Weight& w = *job.w;
-  const uint16_t* x = job.x + row * job.ldx + k0;
-  float* at = sums + row * 32;
+  strip.begin = begin;
+  strip.columns = w.kp - begin < kStrip ? w.kp - begin : kStrip;
+  int64_t group = begin / w.group;
+  for (int64_t c = 0, i = 0; c < strip.columns; ++group, ++i) {
+    const int64_t end = group * w.group + job.columns(group) - begin;
+    const int64_t stop = end < strip.columns ? end : strip.columns;
+    strip_group<Numbers>(job, block, begin + c, stop - c, strip.numbers + c * 16);
+    vf_store(strip.scales[i], group_scale(w, (block * w.groups + group) * 16));
+    vf_store(strip.lows[i], group_min(w, (block * w.groups + group) * 16));
+    c = stop;
+  }
+}
+
+// A strip times packed rows, those from `row` on, added to their sums [kRows][2][16]: of y, and of the group
+// that is not complete.
+template <int kRows>
+void tile_strip(const Job& job, const uint16_t* x, const Strip& strip, int64_t row, float* at) {
+  const Weight& w = *job.w;
+  const int64_t k0 = strip.begin, n = strip.columns;
+  x += k0 * kRows;
   vf y[kRows], dot[kRows];
   GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) {
@@ -442,15 +511,17 @@ void tile_strip(const Job& job, const uint16_t* strip, int64_t block, int64_t k0
     dot[r] = vf_load(at + r * 32 + 16);
   }
   int64_t group = k0 / w.group;
+  const auto *scales = strip.scales, *lows = strip.lows;
   for (int64_t c = 0; c < n; ++group) {
     const int64_t end = group * w.group + job.columns(group) - k0, stop = end < n ? end : n;
     for (; c < stop; c += 2) {
-      const vh pair = vh_load(strip + c * 16);
+      const vh pair = vh_load(strip.numbers + c * 16);
       GM_UNROLL(12)
-      for (int r = 0; r < kRows; ++r) dot[r] = vf_dot_bf16(dot[r], pair, x + r * job.ldx + c);
+      for (int r = 0; r < kRows; ++r) dot[r] = vf_dot_bf16(dot[r], pair, x + c * kRows + 2 * r);
     }
     if (c < end) break;
-    add_group<kRows>(job, block, group, row, dot, y);
+    const vf scale = vf_load(*scales++), low = vf_load(*lows++);
+    add_group<kRows, 1>(job, group, row, &scale, &low, dot, y);
     GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) dot[r] = vf_zero();
   }
@@ -461,8 +532,8 @@ void tile_strip(const Job& job, const uint16_t* strip, int64_t block, int64_t k0
   }
 }
 
-using TileCodes = void (*)(const Job&, int64_t, float*);
-using TileStrip = void (*)(const Job&, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float*);
+using TileCodes = void (*)(const Job&, const uint16_t*, int64_t, int64_t, float*);
+using TileStrip = void (*)(const Job&, const uint16_t*, const Strip&, int64_t, float*);
 
 template <int... kRows>
 TileStrip pick_strip(int64_t rows, std::integer_sequence<int, kRows...>) {
@@ -495,6 +566,61 @@ void sum_groups(const Job& job, int64_t rows, float* sums) {
 }
 
 template <class Numbers>
+void linear_few(const Job& job, int64_t rows, int64_t block_begin, int64_t block_end, const LinearOut& out,
+                float* scratch) {
+  constexpr auto heights = std::make_integer_sequence<int, kFewHeight>();
+  // Tiles as even as they can be: one of few rows would wait for its own products.
+  const int64_t tiles = (rows + kFewHeight - 1) / kFewHeight;
+  const int64_t most = tiles == 1 ? blocks_of(static_cast<int>(rows)) : 1;
+  auto* packed = reinterpret_cast<uint16_t*>(scratch + most * rows * 16);
+  const uint16_t* x[kFewRows];
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
+    x[t] = pack(job, first, height, packed + first * job.w->kp);
+  }
+  for (int64_t b = block_begin; b < block_end;) {
+    const int64_t blocks = block_end - b < most ? 1 : most;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
+      pick_tile<Numbers>(height, blocks == 1, heights)(job, x[t], b, first, scratch + first * 16);
+    }
+    for (int64_t i = 0; i < blocks; ++i) finish(scratch + i * rows * 16, 0, rows, b + i, job.w->n, out);
+    b += blocks;
+  }
+}
+
+// Rows from `row` on, more than a few.
+template <class Numbers>
+void linear_panel(const Job& job, int64_t row, int64_t rows, int64_t block_begin, int64_t block_end,
+                  const LinearOut& out, float* scratch) {
+  const Weight& w = *job.w;
+  Strip strip;
+  strip.numbers = reinterpret_cast<uint16_t*>(scratch);
+  float* sums = scratch + kStrip * 8;
+  float* acc = sums + rows * 32;
+  auto* packed = reinterpret_cast<uint16_t*>(acc + rows * 16);
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const uint16_t* x[kPanelRows];
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
+    x[t] = pack(job, row + first, height, packed + first * w.kp);
+  }
+  for (int64_t b = block_begin; b < block_end; ++b) {
+    memset(sums, 0, static_cast<size_t>(rows) * 128);
+    for (int64_t k0 = 0; k0 < w.kp; k0 += kStrip) {
+      fill_strip<Numbers>(job, b, k0, strip);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
+        const TileStrip tile = pick_strip(height, std::make_integer_sequence<int, kTileRows>());
+        tile(job, x[t], strip, row + first, sums + first * 32);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) memcpy(acc + r * 16, sums + r * 32, 64);
+    finish(acc, row, rows, b, w.n, out);
+  }
+}
+
+template <class Numbers>
 void linear_codes(Job job, int64_t rows, int64_t block_begin, int64_t block_end, const LinearOut& out,
                   float* scratch) {
   const Weight& w = *job.w;
@@ -507,38 +633,12 @@ void linear_codes(Job job, int64_t rows, int64_t block_begin, int64_t block_end,
     scratch += rows * w.groups;
   }
   if (rows <= kFewRows) {
-    constexpr auto heights = std::make_integer_sequence<int, kFewRows>();
-    const int64_t most = blocks_of(static_cast<int>(rows));
-    for (int64_t b = block_begin; b < block_end;) {
-      const int64_t blocks = block_end - b < most ? 1 : most;
-      pick_tile<Numbers>(rows, blocks == 1, heights)(job, b, scratch);
-      for (int64_t i = 0; i < blocks; ++i) finish(scratch + i * rows * 16, rows, b + i, w.n, out);
-      b += blocks;
-    }
+    linear_few<Numbers>(job, rows, block_begin, block_end, out, scratch);
     return;
   }
-  auto* strip = reinterpret_cast<uint16_t*>(scratch);
-  float* sums = scratch + kStrip * 8;
-  float* acc = sums + rows * 32;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t b = block_begin; b < block_end; ++b) {
-    memset(sums, 0, static_cast<size_t>(rows) * 128);
-    for (int64_t k0 = 0; k0 < w.kp; k0 += kStrip) {
-      const int64_t n = w.kp - k0 < kStrip ? w.kp - k0 : kStrip;
-      for (int64_t c = 0; c < n;) {
-        const int64_t group = (k0 + c) / w.group;
-        const int64_t end = group * w.group + job.columns(group) - k0, stop = end < n ? end : n;
-        strip_codes<Numbers>(job, b, k0 + c, stop - c, strip + c * 16);
-        c = stop;
-      }
-      // Tiles as even as they can be: one of few rows would wait for its own products.
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
-        pick_strip(height, std::make_integer_sequence<int, kTileRows>())(job, strip, b, k0, n, row, sums);
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) memcpy(acc + r * 16, sums + r * 32, 64);
-    finish(acc, rows, b, w.n, out);
+  for (int64_t p = 0; p < rows; p += kPanelRows) {
+    const int64_t height = rows - p < kPanelRows ? rows - p : kPanelRows;
+    linear_panel<Numbers>(job, p, height, block_begin, block_end, out, scratch);
   }
 }
 
@@ -563,7 +663,7 @@ void linear_f32(const Weight& w, const float* x, int64_t ldx, int64_t rows, int6
       }
       all_rows<float, F32Tile>(from, n, x + k0, ldx, rows, acc);
     }
-    finish(acc, rows, b, w.n, out);
+    finish(acc, 0, rows, b, w.n, out);
   }
 }
 
@@ -598,7 +698,7 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
       }
       all_rows<uint16_t, Bf16Tile>(from, n, x + k0, ldx, rows, acc);
     }
-    finish(acc, rows, b, w.n, out);
+    finish(acc, 0, rows, b, w.n, out);
   }
 }
 

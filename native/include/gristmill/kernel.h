@@ -268,11 +268,15 @@ struct AmxBf16Shape {
   int64_t scratch_bytes(int64_t rows) const { return steps * 2048 + panel(rows) * steps * 64; }
 };
 
+// Rows of bf16 that meet integer weights at once where there are no tiles.
+constexpr int64_t kLinearPanelRows = 192;
+
 // Scratch a thread needs for one linear of any kind.
 inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
   int64_t bytes = 256 * 16 * 4 + rows * 16 * 12;  // decoded strip and accumulators (f32, bf16)
   if (w.integer() && w.groups > 0) {
-    bytes += rows * w.groups * 4;                // sums of groups (bf16)
+    // Sums of groups, and packed rows (bf16).
+    bytes += rows * w.groups * 4 + (rows < kLinearPanelRows ? rows : kLinearPanelRows) * w.kp * 2;
     const int64_t sums = rows * w.groups * 8;  // corrections and minimum sums (int8)
     const int64_t tiles = AmxShape(w).scratch_bytes(rows);
     if (sums > bytes) bytes = sums;

@@ -184,20 +184,20 @@ inline vm vm_load(const uint16_t* values) {
 }
 // The lanes' numbers, from the highest three bits of a float's mantissa.
 struct vn {
-  __m512i row;     // sixteen times the number modulo four, in both words of a lane
-  __mmask32 high;  // words of numbers from four on
+  __m512i row;          // sixteen times the number modulo four, in both words of a lane
+  __mmask32 low, high;  // words of numbers below four, and from four on
 };
 inline vn vn_of(vf a) {
   const __m512i top = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
   const __m512i both = _mm512_or_si512(top, _mm512_slli_epi32(top, 16));
-  return {_mm512_and_si512(both, _mm512_set1_epi16(0x30)),
-          _mm512_test_epi16_mask(both, _mm512_set1_epi16(0x40))};
+  const __m512i four = _mm512_set1_epi16(0x40);
+  return {_mm512_and_si512(both, _mm512_set1_epi16(0x30)), _mm512_testn_epi16_mask(both, four),
+          _mm512_test_epi16_mask(both, four)};
 }
 inline __m512i look_up(__m512i words, const vm& table, vn number) {
   const __m512i at = _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(15), number.row, 0xea);
   // What one look-up leaves alone is still the index of the other.
-  const __m512i low =
-      _mm512_mask2_permutex2var_epi16(table.values[0], at, _knot_mask32(number.high), table.values[1]);
+  const __m512i low = _mm512_mask2_permutex2var_epi16(table.values[0], at, number.low, table.values[1]);
   return _mm512_mask2_permutex2var_epi16(table.values[2], low, number.high, table.values[3]);
 }
 inline void vb_pairs(vb codes, const vm& table, vn number, vh& first, vh& second) {

@@ -267,8 +267,8 @@ inline vh vh_next_codes(vh words) {
 }
 // Pairs (even, odd) of values that bf16 holds.
 inline vh vh_exact(vf even, vf odd) { return vh_pack(even, odd); }
-// What codes of kBits bits are, less the offset: bf16 by byte (64 of them below 8 bits); bits of the byte from
-// kBits on do not count.
+// What codes of kBits bits are, less the offset: bf16 by byte (64 of them below 8 bits); bits of the byte
+// from kBits on do not count.
 struct vt {
   const uint16_t* values;
 };
