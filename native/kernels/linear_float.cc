@@ -630,7 +630,7 @@ void linear_codes(Job job, int64_t rows, int64_t block_begin, int64_t block_end,
   if (w.mins != nullptr) {
     sum_groups(job, rows, scratch);
     job.sums = scratch;
-    scratch += rows * w.groups;
+    scratch += (rows * w.groups + 15) / 16 * 16;  // whole cache lines
   }
   if (rows <= kFewRows) {
     linear_few<Numbers>(job, rows, block_begin, block_end, out, scratch);
