@@ -322,15 +322,17 @@ void append(const AttentionArgs& a, const AttentionSequence& s, int64_t token, i
     put_value(codes, hd, slot, reinterpret_cast<uint32_t*>(s.kv.v + at));
     for (int64_t g = 0; clear && g < kv_groups(hd); ++g) v_scale[g * kBlock + 1] = 0;
   } else if (a.kv == KvFormat::kBf16) {
-    auto* k_tile = reinterpret_cast<uint16_t*>(s.kv.k + at) + slot * 2;
-    auto* v_tile = reinterpret_cast<uint16_t*>(s.kv.v + at) + slot / 2 * hd * 2 + slot % 2;
-    for (int64_t d = 0; d < hd; d += 2) {
-      k_tile[d * 16] = float_to_bf16(rotated[d]);
-      k_tile[d * 16 + 1] = float_to_bf16(rotated[d + 1]);
-    }
+    // Words of two: a key's pair of dimensions, a dimension of two tokens' values.
+    auto* k_tile = reinterpret_cast<uint32_t*>(s.kv.k + at) + slot;
+    auto* v_tile = reinterpret_cast<uint32_t*>(s.kv.v + at) + slot / 2 * hd;
+    auto* half = reinterpret_cast<uint16_t*>(rotated + hd);
+    for (int64_t d = 0; d < hd; d += 16) vf_store_bf16(half + d, vf_load(rotated + d));
+    for (int64_t d = 0; d < hd; d += 2) memcpy(k_tile + d * 8, half + d, 4);
+    for (int64_t d = 0; d < hd; d += 16) vf_store_bf16(half + d, vf_load(v + d));
+    const uint32_t keep = slot % 2 == 1 ? 0x0000ffffu : clear ? 0u : 0xffff0000u;
+    const int shift = slot % 2 == 1 ? 16 : 0;
     for (int64_t d = 0; d < hd; ++d) {
-      v_tile[d * 2] = float_to_bf16(v[d]);
-      if (clear) v_tile[d * 2 + 1] = 0;
+      v_tile[d] = (v_tile[d] & keep) | static_cast<uint32_t>(half[d]) << shift;
     }
   } else {
     auto* k_tile = reinterpret_cast<float*>(s.kv.k + at) + slot;
@@ -360,36 +362,39 @@ struct Types {
   using Stored = typename Choose<kMath == Math::kF32, float, uint16_t>::type;
 };
 
-// y += pair * x, two columns, for all rows.
+// y += w * x for all rows and the blocks of w, two columns of bf16. Row by row: were it block by block, the
+// broadcasts of all rows would be live at once, and sums would be spilled.
 template <Math kMath, int kRows, int kWide>
-inline void multiply(vf (&y)[kRows][kWide], int b, vh pair, const typename Types<kMath>::Query* x,
+inline void multiply(vf (&y)[kRows][kWide], const vh (&w)[kWide], const typename Types<kMath>::Query* x,
                      int64_t ldx) {
   if constexpr (rounds(kMath)) {
     GM_UNROLL(12)
-    for (int r = 0; r < kRows; ++r) y[r][b] = vf_dot_bf16(y[r][b], pair, x + r * ldx);
-  } else {
-    const vf even = vh_even(pair), odd = vh_odd(pair);
-    GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) {
-      y[r][b] = vf_fma(odd, vf_set1(x[r * ldx + 1]), vf_fma(even, vf_set1(x[r * ldx]), y[r][b]));
+      GM_UNROLL(4)
+      for (int b = 0; b < kWide; ++b) y[r][b] = vf_dot_bf16(y[r][b], w[b], x + r * ldx);
+    }
+  } else {
+    GM_UNROLL(4)
+    for (int b = 0; b < kWide; ++b) {
+      const vf even = vh_even(w[b]), odd = vh_odd(w[b]);
+      GM_UNROLL(12)
+      for (int r = 0; r < kRows; ++r) {
+        y[r][b] = vf_fma(odd, vf_set1(x[r * ldx + 1]), vf_fma(even, vf_set1(x[r * ldx]), y[r][b]));
+      }
     }
   }
 }
 
-// One step of a chain: two columns of bf16, or one or two of f32, ascending.
-template <Math kMath, int kRows, int kWide>
-inline void step(vf (&y)[kRows][kWide], const typename Types<kMath>::Stored* w, int64_t next,
-                 int64_t next_column, const typename Types<kMath>::Query* x, int64_t ldx) {
+// Two columns of f32, ascending.
+template <int kRows, int kWide>
+inline void multiply_f32(vf (&y)[kRows][kWide], const float* (&w)[kWide], int64_t next_column, const float* x,
+                         int64_t ldx) {
   GM_UNROLL(4)
   for (int b = 0; b < kWide; ++b) {
-    if constexpr (kMath != Math::kF32) {
-      multiply<kMath>(y, b, vh_load(w + b * next), x, ldx);
-    } else {
-      const vf first = vf_load(w + b * next), second = vf_load(w + b * next + next_column);
-      GM_UNROLL(12)
-      for (int r = 0; r < kRows; ++r) {
-        y[r][b] = vf_fma(second, vf_set1(x[r * ldx + 1]), vf_fma(first, vf_set1(x[r * ldx]), y[r][b]));
-      }
+    const vf first = vf_load(w[b]), second = vf_load(w[b] + next_column);
+    GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      y[r][b] = vf_fma(second, vf_set1(x[r * ldx + 1]), vf_fma(first, vf_set1(x[r * ldx]), y[r][b]));
     }
   }
 }
@@ -432,7 +437,9 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
   const vf scale = vf_set1(w.scale);
   for (int64_t begin = 0; begin < w.hd; begin += w.group) {
     vf y[kRows][kWide];
+    GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) {
+      GM_UNROLL(4)
       for (int i = 0; i < kWide; ++i) y[r][i] = vf_zero();
     }
     const int64_t end = least(begin + w.group, w.hd);
@@ -445,29 +452,35 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
         }
         GM_UNROLL(4)
         for (int64_t j = 0; j < 8; j += 2) {
+          vh pair[kWide];
           GM_UNROLL(4)
           for (int i = 0; i < kWide; ++i) {
-            multiply<kMath>(y, i, vh_codes(words[i]), q + d + j, w.hd);
+            pair[i] = vh_codes(words[i]);
             words[i] = vh_next_codes(words[i]);
           }
+          multiply<kMath>(y, pair, q + d + j, w.hd);
         }
       }
     } else {
       for (int64_t d = begin; d < end; d += 2) {
-        GM_UNROLL(4)
-        for (int i = 0; i < kWide; ++i) {
-          vf column[kRows][1];
-          GM_UNROLL(12)
-          for (int r = 0; r < kRows; ++r) column[r][0] = y[r][i];
-          if constexpr (kRows <= 4) prefetch_far(ahead[i] + d * 16);
-          step<kMath, kRows, 1>(column, k[i] + d * 16, 0, 16, q + d, w.hd);
-          GM_UNROLL(12)
-          for (int r = 0; r < kRows; ++r) y[r][i] = column[r][0];
+        if constexpr (kRows <= 4) {
+          for (int i = 0; i < kWide; ++i) prefetch_far(ahead[i] + d * 16);
+        }
+        if constexpr (kMath == Math::kF32) {
+          const float* at[kWide];
+          for (int i = 0; i < kWide; ++i) at[i] = k[i] + d * 16;
+          multiply_f32(y, at, 16, q + d, w.hd);
+        } else {
+          vh pair[kWide];
+          for (int i = 0; i < kWide; ++i) pair[i] = vh_load(k[i] + d * 16);
+          multiply<kMath>(y, pair, q + d, w.hd);
         }
       }
     }
-    for (int i = 0; i < kWide; ++i) {
-      for (int r = 0; r < kRows; ++r) {
+    GM_UNROLL(12)
+    for (int r = 0; r < kRows; ++r) {
+      GM_UNROLL(4)
+      for (int i = 0; i < kWide; ++i) {
         float* s = w.s + (row + r) * kTile + (b + i) * 16;
         if constexpr (codes(kMath)) {
           if (w.base != nullptr) {
@@ -476,9 +489,11 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
           }
           // Groups ascending.
           const vf key = vf_load_bf16(w.k_scale[b + i] + begin / kKvGroup * kBlock);
-          y[r][i] = begin == 0 ? y[r][i] * key : vf_fma(y[r][i], key, vf_load(s));
+          const vf sum = begin == 0 ? y[r][i] * key : vf_fma(y[r][i], key, vf_load(s));
+          vf_store(s, end < w.hd ? sum : sum * scale);
+        } else {
+          vf_store(s, y[r][i] * scale);
         }
-        vf_store(s, end < w.hd ? y[r][i] : y[r][i] * scale);
       }
     }
   }
@@ -488,13 +503,15 @@ void scores(const Work<kMath>& w, int64_t row, int64_t b) {
 template <Math kMath, int kRows, int kWide>
 void values(const Work<kMath>& w, int64_t row, int64_t d) {
   vf y[kRows][kWide];
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) {
     const vf factor = vf_set1(w.factor[row + r]);
+    GM_UNROLL(4)
     for (int i = 0; i < kWide; ++i) {
-      y[r][i] = vf_load(w.o + (row + r) * w.hd + d + 16 * i) * factor;
+      float* o = w.o + (row + r) * w.hd + d + 16 * i;
+      y[r][i] = vf_load(o) * factor;
       if (codes(kMath) && w.sum != nullptr) {
-        vf_store(w.o + (row + r) * w.hd + d + 16 * i,
-                 vf_fma(vf_load(w.v_base + d + 16 * i), vf_set1(w.sum[row + r]), y[r][i]));
+        vf_store(o, vf_fma(vf_load(w.v_base + d + 16 * i), vf_set1(w.sum[row + r]), y[r][i]));
         y[r][i] = vf_zero();
       }
     }
@@ -515,25 +532,37 @@ void values(const Work<kMath>& w, int64_t row, int64_t d) {
         GM_UNROLL(4)
         for (int64_t j = octet; j < octet + 8; j += 2) {
           if (j >= n) break;
+          vh pair[kWide];
           GM_UNROLL(4)
           for (int i = 0; i < kWide; ++i) {
-            multiply<kMath>(y, i, vh_codes(words[i]), p + j, kTile);
+            pair[i] = vh_codes(words[i]);
             words[i] = vh_next_codes(words[i]);
           }
+          multiply<kMath>(y, pair, p + j, kTile);
         }
       }
     } else {
       // bf16: a pair of tokens is [hd][2]; f32: two rows of [hd].
       constexpr int64_t kPair = kMath == Math::kF32 ? 1 : 2;
       for (int64_t j = 0; j < n; j += 2) {
+        const typename Work<kMath>::Stored* at[kWide];
+        for (int i = 0; i < kWide; ++i) at[i] = v + j * w.hd + (d + i * 16) * kPair;
         if constexpr (kRows <= 4) {
           for (int i = 0; i < kWide; ++i) prefetch_far(ahead + j * w.hd + (d + i * 16) * kPair);
         }
-        step<kMath, kRows, kWide>(y, v + j * w.hd + d * kPair, 16 * kPair, w.hd, p + j, kTile);
+        if constexpr (kMath == Math::kF32) {
+          multiply_f32(y, at, w.hd, p + j, kTile);
+        } else {
+          vh pair[kWide];
+          for (int i = 0; i < kWide; ++i) pair[i] = vh_load(at[i]);
+          multiply<kMath>(y, pair, p + j, kTile);
+        }
       }
     }
   }
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) {
+    GM_UNROLL(4)
     for (int i = 0; i < kWide; ++i) {
       float* o = w.o + (row + r) * w.hd + d + 16 * i;
       if (codes(kMath) && w.sum != nullptr) {
@@ -592,6 +621,9 @@ struct ValueTile {
 
 inline void store_p(uint16_t* p, vf x) { vf_store_bf16(p, x); }
 inline void store_p(float* p, vf x) { vf_store(p, x); }
+// Of vf_exp, which is 0 or at least exp(-87).
+inline void store_exp(uint16_t* p, vf x) { vf_store_bf16_normal(p, x); }
+inline void store_exp(float* p, vf x) { vf_store(p, x); }
 inline vf load_p(const uint16_t* p) { return vf_load_bf16(p); }
 inline vf load_p(const float* p) { return vf_load(p); }
 
@@ -601,7 +633,7 @@ int64_t p_groups(const AttentionArgs& a) { return a.kv == KvFormat::kInt4 ? kv_g
 // Scratch of one item, rows padded to whole vectors.
 struct Scratch {
   void* q;
-  float *rotated, *s, *o, *m, *l, *factor;
+  float *rotated, *s, *o, *m, *l, *factor, *lanes;
   float *total, *total_m, *total_l;
   void* p;
   // Int4 by channel: a group, queries as they are and times a tile's scales, and what Work names.
@@ -623,6 +655,7 @@ struct Scratch {
     m = take(rows);
     l = take(rows);
     factor = take(rows);
+    lanes = take(256);
     total = take(rows * hd);
     total_m = take(rows);
     total_l = take(rows);
@@ -639,18 +672,36 @@ struct Scratch {
   }
   static int64_t bytes(const AttentionArgs& a) {
     const int64_t rows = (row_limit(a) + 15) / 16 * 16;
-    return 4 * (rows * (3 * a.head_dim + (1 + p_groups(a)) * kTile + 5) + 2 * a.head_dim + 12 * 16) + 64 +
+    return 4 * (rows * (3 * a.head_dim + (1 + p_groups(a)) * kTile + 5) + 2 * a.head_dim + 256 + 12 * 16) +
+           64 +
            (by_channel(a) ? 4 * (Group::floats(a) + rows * (2 * a.head_dim + 2) + 4 * a.head_dim + 9 * 16)
                           : 0);
   }
 };
 
-// exp(from - to) for all rows, and 0 where nothing has been seen yet (to = -inf).
-void factors(const float* from, const float* to, int64_t rows, float* out) {
-  for (int64_t r = 0; r < rows; r += 16) {
-    const vf top = vf_load(to + r);
-    // -inf - -inf is NaN, which the maximum below turns into its second operand.
-    vf_store(out + r, vf_exp(vf_max(vf_load(from + r) - top, vf_set1(-1e30f))));
+// exp(from - to), and 0 where nothing has been seen yet (to = -inf).
+void factors(vf from, vf to, float* out) {
+  // -inf - -inf is NaN, which the maximum turns into its second operand.
+  vf_store(out, vf_exp_below_88(vf_max(from - to, vf_set1(-1e30f))));
+}
+
+// Masks the scores of a tile that an item's rows do not see.
+void mask(const AttentionArgs& a, const Item& item, int64_t tile, float* s) {
+  const int64_t group = group_of(a);
+  for (int64_t t = 0; t < item.tokens; ++t) {
+    const int64_t position = item.sequence->start + item.token + t;
+    const int64_t low = first_key(a, position) - tile, high = position + 1 - tile;
+    if (low <= 0 && high >= kTile) continue;
+    for (float* row = s + t * group * kTile; row < s + (t + 1) * group * kTile; row += kTile) {
+      for (int64_t j = 0; j < kTile; j += 16) {
+        if (low >= j + 16 || high <= j) {
+          vf_store(row + j, vf_set1(kMasked));
+          continue;
+        }
+        for (int64_t i = j; i < least(low, j + 16); ++i) row[i] = kMasked;
+        for (int64_t i = most(high, j); i < j + 16; ++i) row[i] = kMasked;
+      }
+    }
   }
 }
 
@@ -817,39 +868,43 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
         }
       }
       in_tiles<kMath, ScoreTile>(w, own, rows);
-      // Maxima first, so that the factors of sixteen rows are one exponential.
-      memcpy(x.factor, x.m, static_cast<size_t>(padded) * 4);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t position = s.start + item.token + r / group;
-        const int64_t low = most(0, first_key(a, position) - tile), high = position + 1 - tile;
-        float* sr = x.s + r * kTile;
-        for (int64_t i = 0; i < least(low, kTile); ++i) sr[i] = kMasked;
-        for (int64_t i = most(high, 0); i < kTile; ++i) sr[i] = kMasked;
-        const vf top =
-            vf_max(vf_max(vf_load(sr), vf_load(sr + 16)), vf_max(vf_load(sr + 32), vf_load(sr + 48)));
-        const float m = vf_max_lane(top);
-        x.m[r] = m > x.m[r] ? m : x.m[r];
-      }
-      factors(x.factor, x.m, rows, x.factor);
-      for (int64_t r = 0; r < rows; ++r) {
-        const vf m = vf_set1(x.m[r] > kMasked ? x.m[r] : 0.0f);
-        vf e[4];
-        for (int i = 0; i < 4; ++i) {
-          e[i] = vf_exp(vf_load(x.s + r * kTile + 16 * i) - m);
-          Query* p = w.p + r * kTile + 16 * i;
-          if (codes(kMath) && !by_channel(a)) {
-            for (int64_t g = 0; 16 * i < w.keys && g < kv_groups(hd); ++g) {
-              store_p(p + g * w.ldp, e[i] * vf_load_bf16(w.v_scale[i] + g * kBlock));
+      // Sixteen rows at a time, so that what is one number of a row is one vector of all.
+      mask(a, item, tile, x.s);
+      for (int64_t r0 = 0; r0 < rows; r0 += 16) {
+        const int64_t count = least(16, rows - r0);
+        for (int64_t i = 0; i < count; ++i) {
+          const float* sr = x.s + (r0 + i) * kTile;
+          vf_store(x.lanes + 16 * i,
+                   vf_max(vf_max(vf_load(sr), vf_load(sr + 16)), vf_max(vf_load(sr + 32), vf_load(sr + 48))));
+        }
+        const vf before = vf_load(x.m + r0), m = vf_max(vf_max_rows(x.lanes, count), before);
+        vf_store(x.m + r0, m);
+        factors(before, m, x.factor + r0);
+        alignas(64) float from[16];
+        vf_store(from, vf_where_above(m, vf_set1(kMasked), m));
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t r = r0 + i;
+          const vf top = vf_set1(from[i]);
+          vf e[4];
+          GM_UNROLL(4)
+          for (int j = 0; j < 4; ++j) {
+            e[j] = vf_exp_below_88(vf_load(x.s + r * kTile + 16 * j) - top);
+            Query* p = w.p + r * kTile + 16 * j;
+            if (codes(kMath) && !by_channel(a)) {
+              for (int64_t g = 0; 16 * j < w.keys && g < kv_groups(hd); ++g) {
+                store_p(p + g * w.ldp, e[j] * vf_load_bf16(w.v_scale[j] + g * kBlock));
+              }
+            } else {
+              store_exp(p, e[j]);
             }
-          } else {
-            store_p(p, e[i]);
+          }
+          vf_store(x.lanes + 16 * i, (e[0] + e[1]) + (e[2] + e[3]));
+          if (codes(kMath) && r >= own && by_channel(a)) {
+            const Query* p = w.p + r * kTile;
+            x.sum[r] = vf_sum((load_p(p) + load_p(p + 16)) + (load_p(p + 32) + load_p(p + 48)));
           }
         }
-        x.l[r] = x.l[r] * x.factor[r] + vf_sum((e[0] + e[1]) + (e[2] + e[3]));
-        if (codes(kMath) && r >= own && by_channel(a)) {
-          const Query* p = w.p + r * kTile;
-          x.sum[r] = vf_sum((load_p(p) + load_p(p + 16)) + (load_p(p + 32) + load_p(p + 48)));
-        }
+        vf_store(x.l + r0, vf_load(x.l + r0) * vf_load(x.factor + r0) + vf_sum_rows(x.lanes, count));
       }
       if constexpr (codes(kMath)) {
         if (own > 0) in_tiles<kPlain, ValueTile>(plain, 0, own);
@@ -868,9 +923,10 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
     // The merge of attention_merge, with the spans at hand one after the other.
     float top[16], before[16], now[16];
     for (int64_t r0 = 0; r0 < rows; r0 += 16) {
-      vf_store(top, vf_max(vf_load(x.total_m + r0), vf_load(x.m + r0)));
-      factors(x.total_m + r0, top, 16, before);
-      factors(x.m + r0, top, 16, now);
+      const vf m = vf_max(vf_load(x.total_m + r0), vf_load(x.m + r0));
+      vf_store(top, m);
+      factors(vf_load(x.total_m + r0), m, before);
+      factors(vf_load(x.m + r0), m, now);
       for (int64_t r = r0; r < least(r0 + 16, rows); ++r) {
         const vf b = vf_set1(before[r - r0]), n = vf_set1(now[r - r0]);
         for (int64_t d = 0; d < hd; d += 16) {
@@ -1012,10 +1068,10 @@ void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end)
         for (int64_t n = 0; n < spans; ++n) {
           const float* from = first + n * span_stride;
           const vf m_span = vf_set1(from[hd]);
-          vf_store(now, m_span);
-          vf_store(top, vf_max(vf_load(m), m_span));
-          factors(m, top, 16, before);
-          factors(now, top, 16, now);
+          const vf most = vf_max(vf_load(m), m_span);
+          vf_store(top, most);
+          factors(vf_load(m), most, before);
+          factors(m_span, most, now);
           const vf b = vf_set1(before[0]), f = vf_set1(now[0]);
           for (int64_t d = 0; d < hd; d += 16) {
             vf_store(out + d, vf_fma(vf_load(from + d), f, vf_load(out + d) * b));

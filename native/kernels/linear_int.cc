@@ -22,6 +22,11 @@ struct Tile {
   const int32_t* start;  // [rows][groups], -offset * sum
   const float* x_sum;    // [rows][groups], x_scale * sum
   int64_t ldq, group, groups, kp;
+  float* out;         // of the first row and the block
+  const float* bias;  // of the block, or null
+  int64_t ld, lanes;
+  int64_t skip;  // rows at the front that are not written
+  bool accumulate;
 };
 
 template <bool kWide>
@@ -32,14 +37,12 @@ inline vf load_scale(const char* p, int64_t group) {
 
 // kGroup: columns per group when known at compile time, else 0.
 template <int kRows, class Codes, bool kWide, bool kMins, int kGroup>
-void tile(const Tile& t, vf* y) {
+void tile(const Tile& t) {
   vf acc[kRows];
+  GM_UNROLL(12)
   for (int r = 0; r < kRows; ++r) acc[r] = vf_zero();
   const int64_t group = kGroup ? kGroup : t.group;
   const uint8_t* codes = t.codes;
-  // Fetch well ahead of the hardware prefetcher, which stops at page borders. Tiles of 12 rows never come
-  // first in a panel, so that they find their codes in the cache.
-  constexpr bool kPrefetch = kRows <= 8;
   for (int64_t g = 0; g < t.groups; ++g) {
     const int8_t* q = t.q + g * group;
     const int64_t columns = kGroup ? kGroup : (g + 1 == t.groups ? t.kp - g * group : group);
@@ -47,10 +50,9 @@ void tile(const Tile& t, vf* y) {
     GM_UNROLL(12)
     for (int r = 0; r < kRows; ++r) dot[r] = vi_set1(t.start[r * t.groups + g]);
     const auto piece = [&](int64_t c) __attribute__((always_inline)) {
-      if constexpr (kPrefetch) {
-        GM_UNROLL(5)
-        for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + i + 3072);
-      }
+      // Well ahead of the hardware prefetcher, which stops at page borders.
+      GM_UNROLL(5)
+      for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + i + 3072);
       each_vector<Codes>(codes, [&](vb w, int64_t at) __attribute__((always_inline)) {
         GM_UNROLL(12)
         for (int r = 0; r < kRows; ++r) {
@@ -77,10 +79,24 @@ void tile(const Tile& t, vf* y) {
       for (int r = 0; r < kRows; ++r) acc[r] = vf_fma(low, vf_set1(t.x_sum[r * t.groups + g]), acc[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) y[r] = acc[r];
+  const int lanes = static_cast<int>(t.lanes);
+  const vf bias = t.bias == nullptr ? vf_zero() : vf_load_n(t.bias, lanes);
+  float* to = t.out;
+  GM_UNROLL(12)
+  for (int r = 0; r < kRows; ++r, to += t.ld) {
+    if (r < t.skip) continue;
+    vf value = acc[r] + bias;
+    if (lanes == 16) {
+      if (t.accumulate) value = vf_load(to) + value;
+      vf_store(to, value);
+    } else {
+      if (t.accumulate) value = vf_load_n(to, lanes) + value;
+      vf_store_n(to, value, lanes);
+    }
+  }
 }
 
-using TileFn = void (*)(const Tile&, vf*);
+using TileFn = void (*)(const Tile&);
 
 template <class Codes, bool kWide, bool kMins, int kGroup>
 TileFn pick_rows(int64_t rows) {
@@ -117,17 +133,24 @@ TileFn pick(const Weight& w, int64_t rows) {
   return with_codes(w.storage, [&](auto codes) { return pick_format<decltype(codes)>(w, rows); });
 }
 
-// The next tile height for `left` rows of a panel.
-int64_t tile_rows(int64_t left, bool first) {
+// How many of `left` rows the next tile takes, and its height. It is higher where rows before it are there to
+// fill it up: they are computed once more.
+struct Height {
+  int64_t rows, height;
+};
+Height next_tile(int64_t left, int64_t before) {
   if (kTileRows >= 12) {
-    if (left >= 12 && !first) return 12;
-    if (left >= 8) return 8;
+    if (left >= 12) return {12, 12};
+    if (left > 8 && left + before >= 12) return {left, 12};
+    if (left >= 8) return {8, 8};
+    if (left > 4 && left + before >= 8) return {left, 8};
   }
   if (kTileRows >= 4) {
-    if (left >= 4) return 4;
-    if (left >= 2) return 2;
+    if (left >= 4) return {4, 4};
+    if (left > 2 && left + before >= 4) return {left, 4};
+    if (left >= 2) return {2, 2};
   }
-  return 1;
+  return {1, 1};
 }
 
 }  // namespace
@@ -142,43 +165,36 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
     for (int64_t i = 0; i < count; ++i) x_sum[i] = x.scale[i] * static_cast<float>(x.sum[i]);
   }
   const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
-  // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 48, or
+  // Rows in panels whose codes stay in the nearer caches while all blocks pass over them; not below 96, or
   // large weights would be read from memory too often.
-  const int64_t fit = 49152 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
-  const int64_t panel = 8 + (fit < 48 ? 48 : fit);
+  const int64_t fit = 98304 / (x.kp > 0 ? x.kp : 1) / 12 * 12;
+  const int64_t panel = fit < 96 ? 96 : fit;
+  Tile t;
+  t.ldq = x.kp;
+  t.group = w.group;
+  t.groups = w.groups;
+  t.kp = w.kp;
+  t.ld = out.ld;
+  t.accumulate = out.accumulate;
   for (int64_t p = 0; p < rows; p += panel) {
     const int64_t p_end = rows - p < panel ? rows : p + panel;
     for (int64_t b = block_begin; b < block_end; ++b) {
-      const int64_t lanes = w.n - b * 16 < 16 ? w.n - b * 16 : 16;
-      Tile t;
+      t.lanes = w.n - b * 16 < 16 ? w.n - b * 16 : 16;
       t.codes = w.codes(b);
       t.scales = static_cast<const char*>(w.scales) + b * scale_bytes;
       t.mins = w.mins == nullptr ? nullptr : static_cast<const char*>(w.mins) + b * scale_bytes;
-      t.ldq = x.kp;
-      t.group = w.group;
-      t.groups = w.groups;
-      t.kp = w.kp;
-      const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + b * 16, static_cast<int>(lanes));
+      t.bias = out.bias == nullptr ? nullptr : out.bias + b * 16;
       for (int64_t r = p; r < p_end;) {
-        const int64_t height = tile_rows(p_end - r, r == p);
-        t.q = x.q + r * x.kp;
-        t.x_scale = x.scale + r * w.groups;
-        t.start = start + r * w.groups;
-        t.x_sum = x_sum + r * w.groups;
-        vf y[12];
-        pick(w, height)(t, y);
-        for (int64_t i = 0; i < height; ++i) {
-          float* to = out.out + (r + i) * out.ld + b * 16;
-          vf value = y[i] + bias;
-          if (lanes == 16) {
-            if (out.accumulate) value = vf_load(to) + value;
-            vf_store(to, value);
-          } else {
-            if (out.accumulate) value = vf_load_n(to, static_cast<int>(lanes)) + value;
-            vf_store_n(to, value, static_cast<int>(lanes));
-          }
-        }
-        r += height;
+        const Height h = next_tile(p_end - r, r);
+        t.skip = h.height - h.rows;
+        const int64_t first = r - t.skip;
+        t.q = x.q + first * x.kp;
+        t.x_scale = x.scale + first * w.groups;
+        t.start = start + first * w.groups;
+        t.x_sum = x_sum + first * w.groups;
+        t.out = out.out + first * out.ld + b * 16;
+        pick(w, h.height)(t);
+        r += h.rows;
       }
     }
   }

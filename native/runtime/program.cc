@@ -13,8 +13,8 @@ namespace {
 // Values of a row set that every thread computes for itself rather than wait for the others.
 constexpr int64_t kPrivateValues = 8192;
 
-// Rows of a gate and its partner that are computed before they are combined: a tile of 8 and five of 12.
-constexpr int64_t kGateRows = 68;
+// Rows of a gate and its partner that are computed before they are combined: six tiles of 12.
+constexpr int64_t kGateRows = 72;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -51,6 +51,10 @@ inline vf vf_abs(vf x) {
   const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
 }
+inline vf vf_where_above(vf a, vf b, vf x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ), x.a),
+          _mm256_and_ps(_mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ), x.b)};
+}
 inline vi vf_round(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline vf vi_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline vi vf_bits(vf x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }

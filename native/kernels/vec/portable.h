@@ -73,6 +73,10 @@ inline vf vf_abs(vf a) {
   GM_EACH a.v[i] = fabsf(a.v[i]);
   return a;
 }
+inline vf vf_where_above(vf a, vf b, vf x) {
+  GM_EACH x.v[i] = a.v[i] > b.v[i] ? x.v[i] : 0.0f;
+  return x;
+}
 // Rounds to the nearest integer, ties to even; |a| below 2^31.
 inline vi vf_round(vf a) {
   vi r;

@@ -22,14 +22,6 @@ inline constexpr uint32_t kSpread[8] = {0x80800100, 0x80018000, 0x01808000, 0x80
 
 }  // namespace gm::GM_LEVEL
 
-#if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
-#include "vec/avx512.h"
-#elif defined(GM_LEVEL_avx2)
-#include "vec/avx2.h"
-#else
-#include "vec/portable.h"
-#endif
-
 // Rows of activations that a register tile holds beside the weights, and loops the compiler must unroll to
 // keep them there. The portable level has no registers to fill, and unrolling it only swells the code.
 #if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
@@ -46,12 +38,34 @@ inline constexpr uint32_t kSpread[8] = {0x80800100, 0x80018000, 0x01808000, 0x80
 #define GM_UNROLL(n)
 #endif
 
+#if defined(GM_LEVEL_avx512) || defined(GM_LEVEL_avx512bf16) || defined(GM_LEVEL_amx)
+#include "vec/avx512.h"
+#elif defined(GM_LEVEL_avx2)
+#include "vec/avx2.h"
+#else
+#include "vec/portable.h"
+#endif
+
 namespace gm::GM_LEVEL {
 
 inline constexpr int kTileRows = GM_TILE_ROWS;
 
 #if !defined(GM_LEVEL_avx2)
 inline vi vi_dot_narrow(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a); }
+#endif
+
+#if GM_TILE_ROWS < 12
+inline void vf_store_bf16_normal(uint16_t* p, vf x) { vf_store_bf16(p, x); }
+inline vf vf_sum_rows(const float* x, int64_t n) {
+  float sums[16] = {};
+  for (int64_t r = 0; r < n; ++r) sums[r] = vf_sum(vf_load(x + 16 * r));
+  return vf_load(sums);
+}
+inline vf vf_max_rows(const float* x, int64_t n) {
+  float most[16] = {};
+  for (int64_t r = 0; r < n; ++r) most[r] = vf_max_lane(vf_load(x + 16 * r));
+  return vf_load(most);
+}
 #endif
 
 // The nearest E4M3 values, ties to even, at most 448 in size.
@@ -69,11 +83,10 @@ inline vf vf_load_e4m3(const uint8_t* p) {
   return vi_as_float(vi_load(bits)) * vf_set1(0x1p120f);
 }
 
-// exp(x), about 1.5 ulp for x in [-87, 88]; below that it is 0, above it is clamped.
+// exp(x), about 1.5 ulp for x in [-87, 88]; 0 at -87 and below, and of NaN. vf_exp clamps what is above.
 // Cody-Waite reduction by ln 2 in two parts, then a degree-6 polynomial, then the exponent field.
-inline vf vf_exp(vf x) {
-  const vf low = vf_set1(-87.0f);
-  const vf clamped = vf_min(vf_max(x, low), vf_set1(88.0f));
+inline vf vf_exp_below_88(vf x) {
+  const vf low = vf_set1(-87.0f), clamped = vf_max(x, low);
   const vi n = vf_round(clamped * vf_set1(1.44269504088896341f));
   const vf nf = vi_float(n);
   vf r = vf_fma(nf, vf_set1(-0.693359375f), clamped);
@@ -85,10 +98,8 @@ inline vf vf_exp(vf x) {
   p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
   p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
   p = vf_fma(p, r * r, r) + vf_set1(1.0f);
-  const vf scaled = vi_as_float(vf_bits(p) + vi_shl<23>(n));
-  // Branch-free zero below the range: (x - low) clamped to [0, 1] times a large factor, then to [0, 1].
-  const vf keep = vf_min(vf_max((x - low) * vf_set1(1e30f), vf_zero()), vf_set1(1.0f));
-  return scaled * keep;
+  return vf_where_above(x, low, vi_as_float(vf_bits(p) + vi_shl<23>(n)));
 }
+inline vf vf_exp(vf x) { return vf_exp_below_88(vf_min(vf_set1(88.0f), x)); }
 
 }  // namespace gm::GM_LEVEL
