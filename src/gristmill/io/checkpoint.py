@@ -396,7 +396,7 @@ def _read_program(path: Path) -> Program | None:
 def _activations(directory: Path, config: Mapping[str, Any]) -> str | None:
     value = config["quantization_config"].get("activations")
     if value is not None and value not in ("exact", "bf16", "fast"):
-        raise ModelError(f"{directory / 'config.json'} names unknown activations: {str(value)[:40]}")
+        raise ModelError(f"{directory / 'config.json'} names unknown activations: {short(value, 40)}")
     return None if value is None else str(value)
 
 
@@ -413,7 +413,7 @@ def read_specs(directory: Path, config: Mapping[str, Any]) -> dict[str, PackedSp
         raise ModelError(f"{directory} is not a gristmill checkpoint directory")
     if quantization.get("version") != VERSION:
         raise ModelError(
-            f"{directory} has version {str(quantization.get('version'))[:20]} of the checkpoint format; "
+            f"{directory} has version {short(quantization.get('version'), 20)} of the checkpoint format; "
             f"this gristmill reads version {VERSION}"
         )
     tensors = quantization.get("tensors")

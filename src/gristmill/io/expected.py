@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gristmill.errors import ModelError
+from gristmill.io.mapped import short
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
@@ -24,7 +25,7 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None, lim
     if value is None:
         raise ModelError(f"the model's config has no {key}")
     if type(value) is not int or not 0 < value <= limit:
-        raise ModelError(f"the model's config has an invalid {key}: {str(value)[:60]}")
+        raise ModelError(f"the model's config has an invalid {key}: {short(value)}")
     return value
 
 
@@ -34,7 +35,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     if value is None:
         return default
     if type(value) is not bool:
-        raise ModelError(f"the model's config has an invalid {key}: {str(value)[:60]}")
+        raise ModelError(f"the model's config has an invalid {key}: {short(value)}")
     return value
 
 

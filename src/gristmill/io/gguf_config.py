@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gristmill.errors import ModelError
 from gristmill.formats.dense import from_bf16
 from gristmill.io.gguf import GgufModel, TensorInfo
+from gristmill.io.mapped import short
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -104,7 +105,7 @@ class _Keys:
         if isinstance(value, list):
             raise ModelError(f"{self.architecture}.{key} differs between layers, which is not supported")
         if type(value) is not int or not 0 < value <= limit:
-            raise ModelError(f"the GGUF metadata has an invalid {self.architecture}.{key}: {str(value)[:60]}")
+            raise ModelError(f"the GGUF metadata has an invalid {self.architecture}.{key}: {short(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -114,7 +115,7 @@ class _Keys:
         if value is None:
             raise ModelError(f"the GGUF metadata lacks {self.architecture}.{key}")
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise ModelError(f"the GGUF metadata has an invalid {self.architecture}.{key}: {str(value)[:60]}")
+            raise ModelError(f"the GGUF metadata has an invalid {self.architecture}.{key}: {short(value)}")
         # float32 values print as what was meant (1e-05), and round to the same float32 again.
         return float(str(np.float32(value))) if type(value) is float else float(value)
 
