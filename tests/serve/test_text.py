@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from gristmill.errors import TemplateError, UsageError
 from gristmill.io.convert import prepare
 from gristmill.io.tokenizer import Tokenizer
 from gristmill.serve.constraints import Constraints, ConstraintSpec
-from gristmill.serve.tools import Delta, OutputParser, check_tools, constraint_for, for_template
+from gristmill.serve.tools import (
+    Delta,
+    OutputParser,
+    check_tools,
+    constraint_for,
+    for_template,
+    shows_reasoning,
+)
 from gristmill.serve.worker import HelperPool
 
 
@@ -137,6 +145,24 @@ def test_reasoning() -> None:
         ("content", "So."),
     ]
     assert parsed("<think>on and on", [9], reasoning=True) == [("reasoning", "on and on")]
+
+
+@dataclass
+class Markers:
+    """A tokenizer that has `</think>` as a token or not, and special or not."""
+
+    number: int | None
+    special_ids: frozenset[int]
+
+    def token_id(self, text: str) -> int | None:
+        return self.number if text == "</think>" else None
+
+
+def test_reasoning_whose_end_is_not_seen_is_not_told_apart() -> None:
+    for number, special, expected in ((None, {1}, True), (7, {1}, True), (7, {1, 7}, False)):
+        markers = Markers(number, frozenset(special))
+        assert shows_reasoning("{{ x }}<think>\n", markers) is expected
+        assert not shows_reasoning("{{ x }}", markers)
 
 
 def test_long_texts_take_linear_time() -> None:

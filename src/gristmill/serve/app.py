@@ -116,7 +116,7 @@ class Server:
     chat: bool = False
     """Whether the model has a chat template."""
     reasoning: bool = False
-    """Whether the chat template speaks of reasoning."""
+    """Whether reasoning is told apart from the answer, see `shows_reasoning`."""
     constraint: Callable[[ConstraintSpec], Callable[[], Constraint]] | None = None
     draining: bool = False
     failed: str | None = None

@@ -27,6 +27,7 @@ from gristmill.serve import logs
 from gristmill.serve.app import Server, make_app
 from gristmill.serve.limits import LIMITS
 from gristmill.serve.settings import Settings
+from gristmill.serve.tools import shows_reasoning
 from gristmill.serve.worker import HelperPool
 
 __all__ = ["run"]
@@ -303,7 +304,9 @@ class _Run:
         template = model.chat_template
         server.chat = template is not None
         server.reasoning = (
-            settings.reasoning_parser == "think" and template is not None and "<think>" in template.source
+            settings.reasoning_parser == "think"
+            and template is not None
+            and shows_reasoning(template.source, model.tokenizer)
         )
         constraints = Constraints(model.tokenizer, model.executor.vocab_size)
         server.constraint = constraints.factory

@@ -4,8 +4,8 @@ One incremental parser serves streams and whole answers, so that both say the sa
 Hermes and Qwen models were trained on: `<tool_call>` {"name": ..., "arguments": {...}} `</tool_call>`;
 reasoning stands between `<think>` and `</think>`. What only looks like a call is content, whole.
 
-Markers are text. Where a tokenizer has one as a special token, the detokenizer drops it, and the calls are
-content; the models of these families have them as ordinary tokens.
+Markers are text. Where a tokenizer has one as a special token, the detokenizer drops it, and calls and
+reasoning are content; the models of these families have them as ordinary tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gristmill.errors import UsageError
 from gristmill.serve.limits import LIMITS
@@ -26,12 +26,38 @@ if TYPE_CHECKING:
     from gristmill.io.chat import RenderedPrompt
     from gristmill.serve.constraints import ConstraintSpec
 
-__all__ = ["Delta", "OutputParser", "begins_in_reasoning", "check_tools", "constraint_for", "for_template"]
+__all__ = [
+    "Delta",
+    "MarkerTokens",
+    "OutputParser",
+    "begins_in_reasoning",
+    "check_tools",
+    "constraint_for",
+    "for_template",
+    "shows_reasoning",
+]
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _THINK, _THINK_END = "<think>", "</think>"
 _MAX_CALL = 1 << 20
 """Characters of a call; a longer one is content."""
+
+
+class MarkerTokens(Protocol):
+    """What `shows_reasoning` needs of a tokenizer."""
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    def token_id(self, text: str) -> int | None: ...
+
+
+def shows_reasoning(template: str, tokenizer: MarkerTokens) -> bool:
+    """Whether reasoning can be told apart: the chat template speaks of it, and its end is seen.
+
+    A `</think>` that is a special token is not: everything would be reasoning, the answer included.
+    """
+    return _THINK in template and tokenizer.token_id(_THINK_END) not in tokenizer.special_ids
 
 
 def begins_in_reasoning(prompt: RenderedPrompt) -> bool:
