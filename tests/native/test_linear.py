@@ -302,12 +302,14 @@ def test_bias_and_accumulation() -> None:
     rng = np.random.default_rng(3)
     for name, arithmetic in [("q4", "int8"), ("bf16", "bf16"), ("f32", "f32"), ("q4_e4m3", "fp8")]:
         case = make(name, 35, 64)
-        x = rng.standard_normal((3, 64)).astype(np.float32)
-        bias = rng.standard_normal(35).astype(np.float32)
-        start = rng.standard_normal((3, 35)).astype(np.float32)
-        plain = run(level, arithmetic, case, x)
-        np.testing.assert_array_equal(run(level, arithmetic, case, x, bias=bias), plain + bias)
-        np.testing.assert_array_equal(run(level, arithmetic, case, x, into=start), start + plain)
+        # Of 7 and 23 rows some are computed twice by int8's tiles; they must be added once.
+        for rows in (3, 7, 23):
+            x = rng.standard_normal((rows, 64)).astype(np.float32)
+            bias = rng.standard_normal(35).astype(np.float32)
+            start = rng.standard_normal((rows, 35)).astype(np.float32)
+            plain = run(level, arithmetic, case, x)
+            np.testing.assert_array_equal(run(level, arithmetic, case, x, bias=bias), plain + bias)
+            np.testing.assert_array_equal(run(level, arithmetic, case, x, into=start), start + plain)
 
 
 def test_blocks_are_independent() -> None:
