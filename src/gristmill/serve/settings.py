@@ -77,7 +77,9 @@ class Settings(BaseModel):
     reasoning_parser: Literal["think", "none"] = Field(
         "think", description="Form of reasoning that is told apart from the answer."
     )
-    helpers: int = Field(1, ge=1, le=16, description="Helper processes, for templates and grammars.")
+    helpers: int = Field(
+        1, ge=1, le=16, description="Helpers for texts, besides one for short texts and one for grammars."
+    )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log on stderr.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     access_log: bool = Field(True, description="Log requests; /health, /ready and /metrics never are.")
