@@ -888,7 +888,8 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
           vf e[4];
           GM_UNROLL(4)
           for (int j = 0; j < 4; ++j) {
-            e[j] = vf_exp_below_88(vf_load(x.s + r * kTile + 16 * j) - top);
+            // Above 0 only where the maximum was lost to a score that is no number.
+            e[j] = vf_exp_below_88(vf_min(vf_zero(), vf_load(x.s + r * kTile + 16 * j) - top));
             Query* p = w.p + r * kTile + 16 * j;
             if (codes(kMath) && !by_channel(a)) {
               for (int64_t g = 0; 16 * j < w.keys && g < kv_groups(hd); ++g) {

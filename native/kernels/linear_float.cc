@@ -196,8 +196,7 @@ void finish(const float* acc, int64_t first, int64_t rows, int64_t block, int64_
   }
 }
 
-// ---- Integer weights times bf16 rows
-// -----------------------------------------------------------------------
+// ---- Integer weights times bf16 rows -----------------------------------------------------------------
 //
 // Codes less their offset are bf16 numbers exactly, and are multiplied as such. One order of operations for
 // one row, whatever the number of rows and the level: within a group, from zero, the chain of fused steps of

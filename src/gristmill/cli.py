@@ -349,7 +349,8 @@ def _server_options() -> list[click.Parameter]:
     options: list[click.Parameter] = []
     for name, (text, kind) in option_names().items():
         default = Settings.model_fields[name].default
-        shown = text if default in (None, (), False, True) else f"{text} [default: {default}]"
+        silent = default is None or default == () or isinstance(default, bool)
+        shown = text if silent else f"{text} [default: {default}]"
         flag = "--" + name.replace("_", "-")
         short = {"weights": ["-w"], "threads": ["-t"], "context": ["-c"]}.get(name, [])
         if kind == "flag":

@@ -182,6 +182,7 @@ struct KernelTable {
   // `scratch` holds linear_scratch_bytes(weight, rows).
   void (*linear_int8)(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin,
                       int64_t block_end, const LinearOut& out, void* scratch);
+  // bf16 rows are zero in the padding of integer weights, from column k to kp.
   void (*linear_bf16)(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
                       int64_t block_end, const LinearOut& out, void* scratch);
   void (*linear_f32)(const Weight& w, const float* x, int64_t ldx, int64_t rows, int64_t block_begin,
