@@ -1069,10 +1069,10 @@ void attention_merge(const AttentionArgs& a, int64_t row_begin, int64_t row_end)
         for (int64_t n = 0; n < spans; ++n) {
           const float* from = first + n * span_stride;
           const vf m_span = vf_set1(from[hd]);
-          const vf most = vf_max(vf_load(m), m_span);
-          vf_store(top, most);
-          factors(vf_load(m), most, before);
-          factors(m_span, most, now);
+          const vf larger = vf_max(vf_load(m), m_span);
+          vf_store(top, larger);
+          factors(vf_load(m), larger, before);
+          factors(m_span, larger, now);
           const vf b = vf_set1(before[0]), f = vf_set1(now[0]);
           for (int64_t d = 0; d < hd; d += 16) {
             vf_store(out + d, vf_fma(vf_load(from + d), f, vf_load(out + d) * b));

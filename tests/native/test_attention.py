@@ -281,6 +281,21 @@ def test_a_value_that_is_no_number_stays_so(level: str, mode: str) -> None:
         assert np.isfinite(got[:, 16:]).all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_keys_that_are_no_numbers_make_nothing_large(level: str, mode: str) -> None:
+    layer = Layer(1, 1, 16, mode=mode)
+    q, k, v = layer.inputs(200)
+    rng = np.random.default_rng(5)
+    # Scores, past 0, to 240: the highest gets lost among those that are no numbers, and the exponential of
+    # what is left is beyond float32.
+    q *= np.float32(60)
+    k[rng.random(200) < 0.5, 3] = np.nan
+    got = layer.run(level, (q, k, v))
+    # Averages of values, where they are numbers; 4-bit values are rounded.
+    assert not (np.abs(got) > 1.1 * np.abs(v).max()).any()
+
+
 def test_groups_of_tokens_are_not_broken_up() -> None:
     layer = Layer(4, 2, 32, mode="channel")
     native = layer.native(LEVELS[-1])

@@ -36,7 +36,6 @@ inline vf vf_fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline vf vf_max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline vf vf_min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline vf vf_abs(vf a) { return {_mm512_abs_ps(a.v)}; }
-// x where a > b, else 0.
 inline vf vf_where_above(vf a, vf b, vf x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), x.v)};
 }
@@ -91,7 +90,6 @@ inline __m512i round_bf16(__m512 x) {
 inline void vf_store_bf16(uint16_t* p, vf a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(round_bf16(a.v)));
 }
-// The same of numbers that are not denormal.
 inline void vf_store_bf16_normal(uint16_t* p, vf a) {
 #if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
@@ -271,37 +269,24 @@ inline float vf_max_lane(vf x) {
 template <class Fn>
 inline vf fold_rows(const float* x, Fn fn) {
   __m512 a[8], b[4], c[2];
+  const auto fold = [&](__m512 u, __m512 v) { return fn(vf{u}, vf{v}).v; };
   GM_UNROLL(8)
   for (int i = 0; i < 8; ++i) {
     const __m512 u = _mm512_loadu_ps(x + 16 * i), v = _mm512_loadu_ps(x + 16 * (i + 8));
-    a[i] = fn(_mm512_shuffle_f32x4(u, v, 0x44), _mm512_shuffle_f32x4(u, v, 0xee));
+    a[i] = fold(_mm512_shuffle_f32x4(u, v, 0x44), _mm512_shuffle_f32x4(u, v, 0xee));
   }
   GM_UNROLL(4)
   for (int i = 0; i < 4; ++i) {
-    b[i] = fn(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    b[i] = fold(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
   }
   GM_UNROLL(2)
   for (int i = 0; i < 2; ++i) {
     const __m512d u = _mm512_castps_pd(b[i]), v = _mm512_castps_pd(b[i + 2]);
-    c[i] = fn(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+    c[i] = fold(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
   }
-  const __m512 all = fn(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
+  const __m512 all = fold(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
   const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
   return {_mm512_permutexvar_ps(order, all)};
-}
-// Of n <= 16 vectors, sixteen at `x`: vf_sum or vf_max_lane of each in its lane. What is beyond means
-// nothing.
-inline vf vf_sum_rows(const float* x, int64_t n) {
-  if (n > 4) return fold_rows(x, [](__m512 u, __m512 v) { return _mm512_add_ps(u, v); });
-  float sums[16] = {};
-  for (int64_t r = 0; r < n; ++r) sums[r] = vf_sum(vf_load(x + 16 * r));
-  return vf_load(sums);
-}
-inline vf vf_max_rows(const float* x, int64_t n) {
-  if (n > 4) return fold_rows(x, [](__m512 u, __m512 v) { return _mm512_max_ps(u, v); });
-  float most[16] = {};
-  for (int64_t r = 0; r < n; ++r) most[r] = vf_max_lane(vf_load(x + 16 * r));
-  return vf_load(most);
 }
 inline int32_t vi_sum(vi x) {
   const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x.v), _mm512_extracti64x4_epi64(x.v, 1));

@@ -73,6 +73,7 @@ inline vf vf_abs(vf a) {
   GM_EACH a.v[i] = fabsf(a.v[i]);
   return a;
 }
+// x where a > b, else 0.
 inline vf vf_where_above(vf a, vf b, vf x) {
   GM_EACH x.v[i] = a.v[i] > b.v[i] ? x.v[i] : 0.0f;
   return x;

@@ -55,18 +55,27 @@ inline vi vi_dot_narrow(vi acc, vb w, const int8_t* a) { return vi_dot(acc, w, a
 #endif
 
 #if GM_TILE_ROWS < 12
+// vf_store_bf16 of numbers that are not denormal, which an instruction may take to be zero.
 inline void vf_store_bf16_normal(uint16_t* p, vf x) { vf_store_bf16(p, x); }
+#endif
+
+// `one` of each of n vectors, with room for sixteen at `x`, in its lane; what is beyond means nothing. `fn`
+// of two vectors is what `one` folds a vector's halves with.
+template <class One, class Fn>
+inline vf vf_of_rows(const float* x, int64_t n, One one, [[maybe_unused]] Fn fn) {
+#if GM_TILE_ROWS >= 12
+  if (n > 4) return fold_rows(x, fn);
+#endif
+  float results[16] = {};
+  for (int64_t r = 0; r < n; ++r) results[r] = one(vf_load(x + 16 * r));
+  return vf_load(results);
+}
 inline vf vf_sum_rows(const float* x, int64_t n) {
-  float sums[16] = {};
-  for (int64_t r = 0; r < n; ++r) sums[r] = vf_sum(vf_load(x + 16 * r));
-  return vf_load(sums);
+  return vf_of_rows(x, n, [](vf a) { return vf_sum(a); }, [](vf a, vf b) { return a + b; });
 }
 inline vf vf_max_rows(const float* x, int64_t n) {
-  float most[16] = {};
-  for (int64_t r = 0; r < n; ++r) most[r] = vf_max_lane(vf_load(x + 16 * r));
-  return vf_load(most);
+  return vf_of_rows(x, n, [](vf a) { return vf_max_lane(a); }, [](vf a, vf b) { return vf_max(a, b); });
 }
-#endif
 
 // The nearest E4M3 values, ties to even, at most 448 in size.
 inline vf vf_round_e4m3(vf x) {
