@@ -236,6 +236,11 @@ __attribute__((always_inline)) inline vf group_scale(const Weight& w, int64_t at
   return w.rounded ? largest_power(scale) * vf_set1(w.unit) : scale;
 }
 
+// As load_scale of linear_int.cc does.
+inline void ask_for_scales(const Weight& w, const void* base, int64_t at) {
+  prefetch(static_cast<const char*>(base) + at * (w.e4m3_scales ? 1 : w.wide_scales ? 4 : 2) + 512);
+}
+
 // Codes less the offset.
 template <class C>
 struct Plain {
@@ -361,7 +366,7 @@ __attribute__((always_inline)) inline void add_group(const Job& job, int64_t gro
 constexpr int kFewRows = kTileRows >= 12 ? 24 : kTileRows;
 constexpr int kFewHeight = kTileRows >= 12 ? 8 : kTileRows;
 constexpr int blocks_of(int rows) {
-  if (kTileRows >= 12) return rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+  if (kTileRows >= 12) return rows <= 4 ? 2 : 1;
   return kTileRows >= 4 && rows == 1 ? 2 : 1;
 }
 
@@ -376,15 +381,21 @@ __attribute__((always_inline)) inline void dot_group(const Job& job, const Numbe
   const int64_t bytes = w.kp / Codes::kColumns * Codes::kBytes;
   typename Numbers::Group group[kBlocks];
   GM_UNROLL(4)
-  for (int b = 0; b < kBlocks; ++b) group[b] = numbers.group(w, scales + b * w.groups * 16);
+  for (int b = 0; b < kBlocks; ++b) {
+    const int64_t first = scales + b * w.groups * 16;
+    group[b] = numbers.group(w, first);
+    ask_for_scales(w, w.scales, first);
+    if (job.sums != nullptr) ask_for_scales(w, w.mins, first);
+  }
   for (int64_t c = 0; c < columns; c += Codes::kColumns, at += Codes::kBytes, x += Codes::kColumns * kRows) {
-    // As in linear_int.cc; behind the end of these blocks the next ones begin.
+    // As in linear_int.cc; behind the end of these blocks the next ones begin. Several blocks' codes would
+    // push each other out of the first-level cache.
     int64_t ahead = at + 3072;
     if (ahead >= bytes) ahead += (kBlocks - 1) * bytes;
     GM_UNROLL(4)
     for (int b = 0; b < kBlocks; ++b) {
       GM_UNROLL(5)
-      for (int i = 0; i < Codes::kBytes; i += 64) prefetch(codes + b * bytes + ahead + i);
+      for (int i = 0; i < Codes::kBytes; i += 64) prefetch_far(codes + b * bytes + ahead + i);
     }
     const auto vector = [&]<int kVector>() __attribute__((always_inline)) {
       GM_UNROLL(4)
