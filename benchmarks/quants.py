@@ -10,8 +10,9 @@ the same tokens, as `quality.py` takes it, twice:
 - of the program that made them with its own arithmetic: llama.cpp (int8 activations, f16 KV), Transformers
   in float32, gristmill in the mode that the recipe means (bf16 KV).
 
-Recipes are files or names in examples/recipes; each is also run at other groups (`--group`). GPTQ and AWQ
-are calibrated on the tokens that gristmill's methods are calibrated on; llama.cpp has no importance matrix.
+Recipes are files or names in examples/recipes; each is also run at other groups (`--group`) and bits
+(`--bits`). GPTQ and AWQ are calibrated on the tokens that gristmill's methods are calibrated on; llama.cpp
+has no importance matrix. Groups of 120 and 192 are for the widths of this model, 576 and 1,536.
 
 The demo model was 4-bit integers with a minimum per 32 columns (Q4_1) when it was published. Whoever rounds
 to that very grid finds it again, almost without loss: rows with a minimum per 32 columns say nothing of a
@@ -25,7 +26,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -39,7 +40,7 @@ from harness.plan import Entry
 from harness.remote import Refused
 from readme import fill
 
-from gristmill.errors import GristmillError
+from gristmill.errors import GristmillError, UsageError
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.json_file import read_object
 from gristmill.io.safetensors import SafetensorsFile
@@ -50,13 +51,13 @@ from gristmill.models import build_program
 OUT = HERE / "results" / "quants.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 RECIPES = HERE.parent / "examples" / "recipes"
-OURS = ("gptq", "awq", "smoothquant_plus", "smoothquant_plus_gptq", "marlin", "svdquant")
+OURS = ("gptq", "gptq_mixed", "awq", "smoothquant_plus", "smoothquant_plus_gptq", "marlin", "svdquant")
 """Recipes of 4-bit weights, as far as they are there."""
-GROUPS = (32, 64, 128)
+GROUPS = (32, 64, 120, 128, 192)
 LLAMACPP = ("q4_0", "iq4_nl", "q4_1", "q4_k_s", "q4_k_m")
 LLMCOMPRESSOR = (
-    *(f"gptq-{kind}-g{group}" for kind in ("sym", "asym") for group in GROUPS),
-    *(f"awq-asym-g{group}" for group in GROUPS),
+    *(f"gptq-{kind}-g{group}" for kind in ("sym", "asym") for group in (32, 64, 128)),
+    *(f"awq-asym-g{group}" for group in (32, 64, 128)),
 )
 EXACT = {"weights": "stored", "activations": "exact", "kv_dtype": "f32"}
 TOOLS = {"gristmill": "gristmill", "llamacpp": "llama.cpp", "llmcompressor": "llm-compressor"}
@@ -97,17 +98,26 @@ def _ours(mode: str, file: str, options: Mapping[str, Any]) -> Entry:
     return Entry("gristmill", mode, "", DEMO, file, (), options=dict(options))
 
 
-def ours(sources: Sequence[str], groups: Sequence[int], say: Say) -> list[Quant]:
-    """gristmill's models, made anew: every recipe as it is, and with its groups changed."""
+def ours(
+    sources: Sequence[str], groups: Sequence[int], bits: Sequence[int], there: Collection[str], say: Say
+) -> list[Quant]:
+    """gristmill's models, made anew but for those that are `there`.
+
+    Every recipe as it is, and with its groups and bits changed.
+    """
     result: list[Quant] = []
     for source in sources:
         path = RECIPES / f"{source}.yaml"
         recipe = Recipe.load(path if path.exists() else source)
-        variants = [recipe, *(at_group(recipe, group) for group in groups)]
+        # A mix of groups is what the recipe is about.
+        mixed = len({getattr(e.options, "group", None) for e in recipe.entries}) > 1
+        tries = () if mixed else groups
+        groups_of = [recipe, *(changed(recipe, f"g{group}", group=group) for group in tries)]
+        variants = [*groups_of, *(changed(r, f"{b}bit", bits=b) for b in bits for r in groups_of)]
         known: set[str] = set()
         for variant in variants:
             text = variant.to_yaml().replace(f"name: {variant.name}\n", "")
-            if text in known:
+            if text in known or variant.name in there:
                 continue
             known.add(text)
             try:
@@ -117,15 +127,18 @@ def ours(sources: Sequence[str], groups: Sequence[int], say: Say) -> list[Quant]
     return result
 
 
-def at_group(recipe: Recipe, group: int) -> Recipe:
-    """The recipe with the group of every method that has one changed."""
+def changed(recipe: Recipe, suffix: str, **options: int) -> Recipe:
+    """The recipe with these options of every method that has them changed."""
     entries = tuple(
-        replace(e, options=e.options.model_copy(update={"group": group}))
-        if "group" in type(e.options).model_fields
-        else e
+        replace(
+            e,
+            options=e.options.model_copy(
+                update={k: v for k, v in options.items() if k in type(e.options).model_fields}
+            ),
+        )
         for e in recipe.entries
     )
-    return Recipe(entries, f"{recipe.name}-g{group}", recipe.calibration, recipe.floats)
+    return Recipe(entries, f"{recipe.name}-{suffix}", recipe.calibration, recipe.floats)
 
 
 def _compressed(recipe: Recipe, say: Say) -> Quant:
@@ -186,6 +199,18 @@ def run(quants: Sequence[Quant], *, tokens: int, threads: int, say: Say) -> dict
             }
         )
     return {**{key: value for key, value in found.items() if key != "entries"}, "quants": rows}
+
+
+def merged(old: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new result behind the rows of the old one that it has nothing for.
+
+    UsageError if they are not over the same tokens of the same base.
+    """
+    for key in ("text", "text_sha256", "tokens", "window", "base"):
+        if old.get(key) != new.get(key):
+            raise UsageError(f"cannot add to a file whose {key} is {old.get(key)}, not {new.get(key)}")
+    names = {row["name"] for row in new["quants"]}
+    return {**new, "quants": [*(row for row in old["quants"] if row["name"] not in names), *new["quants"]]}
 
 
 def against(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -259,11 +284,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipes", nargs="*", help=f"names or files (default: of {', '.join(OURS)})")
-    parser.add_argument("--group", type=int, action="append", help="groups to try (default 32, 64, 128)")
+    parser.add_argument("--group", type=int, action="append", help=f"groups to try (default {GROUPS})")
+    parser.add_argument("--bits", type=int, action="append", default=[], help="bits to try, too")
     parser.add_argument("--only", action="append", default=[], help="peers' models whose name holds this")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write here, and no page")
+    parser.add_argument("--no-peers", action="store_true", help="none of the peers' models")
+    parser.add_argument(
+        "--add", action="store_true", help="only what the file has no figures of, added to it"
+    )
     parser.add_argument("--table", action="store_true", help="only write the page anew")
     arguments = parser.parse_args()
     begin = time.monotonic()
@@ -277,9 +307,15 @@ def main() -> int:
         else:
             sources = arguments.recipes or [n for n in OURS if (RECIPES / f"{n}.yaml").exists()]
             peers = [q for q in theirs() if not arguments.only or any(t in q.name for t in arguments.only)]
-            quants = [*ours(sources, arguments.group or GROUPS, say), *peers]
+            file = arguments.json or OUT
+            old = json.loads(file.read_text()) if arguments.add else None
+            there = {row["name"] for row in old["quants"] if row["weights"]["figures"]} if old else set()
+            quants = ours(sources, arguments.group or GROUPS, arguments.bits, there, say)
+            quants += [peer for peer in peers if peer.name not in there and not arguments.no_peers]
             result = run(quants, tokens=arguments.tokens, threads=arguments.threads, say=say)
-            (arguments.json or OUT).write_text(json.dumps(result, indent=1) + "\n")
+            if old:
+                result = merged(old, result)
+            file.write_text(json.dumps(result, indent=1) + "\n")
     except (SetupError, Refused, GristmillError) as error:
         print(f"quants: {error}", file=sys.stderr)
         return 1

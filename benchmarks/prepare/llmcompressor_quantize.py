@@ -22,6 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def main() -> None:
     """Quantise one directory."""
+    if not torch.accelerator.is_available():
+        # AWQ pins what it keeps, which fails where there is nothing to copy it to.
+        torch.Tensor.pin_memory = lambda self: self
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
