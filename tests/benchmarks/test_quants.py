@@ -10,6 +10,7 @@ import quants
 from harness import files
 from harness.environments import ENVIRONMENT, HERE
 
+from gristmill.errors import UsageError
 from gristmill.io.convert import import_gguf, import_huggingface
 from gristmill.methods.recipe import Recipe
 from tests.kits import files as kit
@@ -25,12 +26,23 @@ def test_every_peer_has_a_worker_an_environment_and_a_recipe():
             assert callable(files._recipe(f"{entry.model}/{entry.file}"))
 
 
-def test_groups_are_changed_where_there_are_any():
+def test_options_are_changed_where_there_are_any():
     text = "methods:\n- {method: smoothquant_plus, group: 64, quantise: false}\n- {method: gptq, group: 64}\n"
-    changed = quants.at_group(Recipe.from_yaml(f"name: x\n{text}"), 128)
+    changed = quants.changed(Recipe.from_yaml(f"name: x\n{text}"), "g128", group=128)
     assert changed.name == "x-g128"
     assert [entry.options.group for entry in changed.entries] == [128, 128]
     assert Recipe.from_yaml(changed.to_yaml()).to_yaml() == changed.to_yaml()
+
+
+def test_new_rows_take_the_place_of_old_ones():
+    head = {"text": "t", "text_sha256": "0", "tokens": 8, "window": 4, "base": "b"}
+    old = {**head, "quants": [row("a", "gristmill", 4, 1), row("b", "llamacpp", 4, 1)]}
+    new = {**head, "quants": [row("b", "llamacpp", 4, 2), row("c", "gristmill", 5, 3)]}
+    merged = quants.merged(old, new)
+    assert [r["name"] for r in merged["quants"]] == ["a", "b", "c"]
+    assert merged["quants"][1] == new["quants"][0]
+    with pytest.raises(UsageError, match="tokens"):
+        quants.merged({**old, "tokens": 16}, new)
 
 
 def test_bits_are_those_of_the_layers_alone(tmp_path: Path):
