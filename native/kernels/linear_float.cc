@@ -207,9 +207,9 @@ void finish(const float* acc, int64_t first, int64_t rows, int64_t block, int64_
 // in s, and the group's scale is unit * p (both with s = 2^-9 where it is 0, but the group's scale 0).
 //
 // Few rows: a tile is one or some blocks of 16 output rows by at most 8 rows of activations; what a vector of
-// codes becomes is used for all of them at once and kept nowhere. There are as many blocks as it takes to
-// have chains enough for the latency of a product. More rows: strips as above, whose numbers lack the scales
-// still.
+// codes becomes is used for all of them at once and kept nowhere. Few rows take two blocks, as one chain
+// would wait for its products; with four, memory is read more slowly. More rows: strips as above, whose
+// numbers lack the scales still.
 //
 // Zen 4 starts a product of 32 weights every cycle, and has six cycles to wait for it; shifts, shuffles and
 // look-ups are one per cycle, too, partly on the same ports. 64 bytes of 4-bit codes (128 weights) take 3
