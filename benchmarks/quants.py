@@ -55,9 +55,8 @@ OURS = ("gptq", "gptq_mixed", "awq", "smoothquant_plus", "smoothquant_plus_gptq"
 """Recipes of 4-bit weights, as far as they are there."""
 GROUPS = (32, 64, 120, 128, 192)
 LLAMACPP = ("q4_0", "iq4_nl", "q4_1", "q4_k_s", "q4_k_m")
-LLMCOMPRESSOR = (
-    *(f"gptq-{kind}-g{group}" for kind in ("sym", "asym") for group in (32, 64, 128)),
-    *(f"awq-asym-g{group}" for group in (32, 64, 128)),
+LLMCOMPRESSOR = tuple(
+    f"{kind}-g{group}" for kind in ("gptq-sym", "gptq-asym", "awq-asym") for group in (32, 64, 128)
 )
 EXACT = {"weights": "stored", "activations": "exact", "kv_dtype": "f32"}
 TOOLS = {"gristmill": "gristmill", "llamacpp": "llama.cpp", "llmcompressor": "llm-compressor"}
@@ -303,12 +302,12 @@ def main() -> int:
 
     try:
         if arguments.table:
-            result = json.loads(OUT.read_text())
+            result = read_object(OUT)
         else:
             sources = arguments.recipes or [n for n in OURS if (RECIPES / f"{n}.yaml").exists()]
             peers = [q for q in theirs() if not arguments.only or any(t in q.name for t in arguments.only)]
             file = arguments.json or OUT
-            old = json.loads(file.read_text()) if arguments.add else None
+            old = read_object(file) if arguments.add else None
             there = {row["name"] for row in old["quants"] if row["weights"]["figures"]} if old else set()
             quants = ours(sources, arguments.group or GROUPS, arguments.bits, there, say)
             quants += [peer for peer in peers if peer.name not in there and not arguments.no_peers]

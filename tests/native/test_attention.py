@@ -287,8 +287,8 @@ def test_keys_that_are_no_numbers_make_nothing_large(level: str, mode: str) -> N
     layer = Layer(1, 1, 16, mode=mode)
     q, k, v = layer.inputs(200)
     rng = np.random.default_rng(5)
-    # Scores, past 0, to 240: the highest gets lost among those that are no numbers, and the exponential of
-    # what is left is beyond float32.
+    # Scores of some hundreds: where the highest is lost among those that are no numbers, the exponential of
+    # another's distance to what is left is beyond float32.
     q *= np.float32(60)
     k[rng.random(200) < 0.5, 3] = np.nan
     got = layer.run(level, (q, k, v))
