@@ -246,8 +246,8 @@ def in_order(x: NDArray[np.float32], packed: Packed) -> NDArray[np.float32]:
     for g in range(packed.groups):
         begin, end = g * group, min((g + 1) * group, k)
         dot = np.zeros_like(y)
-        for c in range(begin, end, 2):
-            for column in (c + 1, c):
+        for c in range(begin, end, 4):
+            for column in (c + 2, c, c + 3, c + 1):
                 if column < k:
                     dot = fma(x[:, None, column], numbers[None, :, column], dot)
         y = fma(scales[None, :, g], dot, y)

@@ -221,8 +221,8 @@ inline void pairs256(__m256i codes, __m256 offset, __m256i& first, __m256i& seco
   const auto number = [&](__m256i column) {
     return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(column, mask)), offset);
   };
-  first = exact256(number(codes), number(_mm256_srli_epi32(codes, 8)));
-  second = exact256(number(_mm256_srli_epi32(codes, 16)), number(_mm256_srli_epi32(codes, 24)));
+  first = exact256(number(codes), number(_mm256_srli_epi32(codes, 16)));
+  second = exact256(number(_mm256_srli_epi32(codes, 8)), number(_mm256_srli_epi32(codes, 24)));
 }
 template <int kBits>
 inline void vb_pairs(vb codes, vt table, vh& first, vh& second) {

@@ -158,11 +158,6 @@ inline vt vt_load(const uint16_t* values, int offset) {
   }
   return {_mm512_loadu_si512(values), _mm512_loadu_si512(values + 32)};
 }
-// The bytes of each lane in the order 0, 2, 1, 3: even bytes are then the first pair, odd ones the second.
-inline __m512i even_first(__m512i a) {
-  return _mm512_shuffle_epi8(
-      a, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
-}
 template <int kBits>
 inline __m512i look_up(__m512i words, const vt& table) {
   if constexpr (kBits <= 5) return _mm512_permutexvar_epi16(words, table.low);
@@ -175,12 +170,11 @@ inline void vb_pairs(vb codes, const vt& table, vh& first, vh& second) {
       const __m512i bits = _mm512_ternarylogic_epi32(column, _mm512_set1_epi32(255), table.low, 0xea);
       return {_mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(table.high))};
     };
-    first = vh_exact(number(codes.v), number(_mm512_srli_epi32(codes.v, 8)));
-    second = vh_exact(number(_mm512_srli_epi32(codes.v, 16)), number(_mm512_srli_epi32(codes.v, 24)));
+    first = vh_exact(number(codes.v), number(_mm512_srli_epi32(codes.v, 16)));
+    second = vh_exact(number(_mm512_srli_epi32(codes.v, 8)), number(_mm512_srli_epi32(codes.v, 24)));
   } else {
-    const __m512i words = even_first(codes.v);
-    first = {look_up<kBits>(words, table)};
-    second = {look_up<kBits>(_mm512_srli_epi16(words, 8), table)};
+    first = {look_up<kBits>(codes.v, table)};
+    second = {look_up<kBits>(_mm512_srli_epi16(codes.v, 8), table)};
   }
 }
 
@@ -212,9 +206,8 @@ inline __m512i look_up(__m512i words, const vm& table, vn number) {
   return _mm512_mask2_permutex2var_epi16(table.values[2], low, number.high, table.values[3]);
 }
 inline void vb_pairs(vb codes, const vm& table, vn number, vh& first, vh& second) {
-  const __m512i words = even_first(codes.v);
-  first = {look_up(words, table, number)};
-  second = {look_up(_mm512_srli_epi16(words, 8), table, number)};
+  first = {look_up(codes.v, table, number)};
+  second = {look_up(_mm512_srli_epi16(codes.v, 8), table, number)};
 }
 inline bool vf_any_above(vf a, float limit) {
   return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;

@@ -281,14 +281,14 @@ template <int kBits>
 inline vt vt_load(const uint16_t* values, int) {
   return {values};
 }
-// The four columns of a lane as two pairs.
+// The four columns of a lane as two pairs: 0 and 2, 1 and 3.
 template <int kBits>
 inline void vb_pairs(vb codes, vt table, vh& first, vh& second) {
   constexpr int kMask = kBits < 8 ? 63 : 255;
   for (int i = 0; i < 32; ++i) {
-    const int byte = i / 2 * 4 + i % 2;
+    const int byte = i / 2 * 4 + i % 2 * 2;
     first.v[i] = table.values[codes.v[byte] & kMask];
-    second.v[i] = table.values[codes.v[byte + 2] & kMask];
+    second.v[i] = table.values[codes.v[byte + 1] & kMask];
   }
 }
 // The even or the odd elements, read as f16.

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from gristmill.io import checkpoint
 from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Progress, Vector
 from gristmill.io.convert import copy_sides, prepare
 from gristmill.io.json_file import read_object
-from gristmill.methods.draft import Draft
+from gristmill.methods.draft import Draft, give_memory_back
 from gristmill.methods.recipe import Recipe
 from gristmill.version import __version__
 
@@ -56,19 +56,20 @@ def compress(
         _need_torch()
     try:
         with _workplace(target, identity(source, recipe)) as work:
-            draft = Draft(source, calibration=recipe.calibration, kept=work / "steps", progress=progress)
+            result = work / "result"
             try:
-                for entry, tensors in zip(recipe.entries, chosen, strict=True):
-                    entry.method.apply(draft, entry.options, tensors)
-                _check_groups(draft)
+                # No name for the draft: it holds the model in float32, and ends before the evaluation begins.
+                _apply(
+                    Draft(source, calibration=recipe.calibration, kept=work / "steps", progress=progress),
+                    recipe,
+                    chosen,
+                    result,
+                )
             except (UsageError, ModelError):
                 # Another call would fail alike: nothing here is worth keeping.
                 shutil.rmtree(work)
                 raise
-            result = work / "result"
-            shutil.rmtree(result, ignore_errors=True)
-            result.mkdir()
-            write(draft, recipe, result, floats=recipe.floats, progress=progress)
+            give_memory_back()
             if evaluate:
                 _add_quality(result, model, progress)
             report = read_object(result / "report.json")
@@ -76,6 +77,16 @@ def compress(
     except OSError as error:
         raise GristmillError(f"writing {target} failed: {error.strerror or error}") from None
     return report
+
+
+def _apply(draft: Draft, recipe: Recipe, chosen: Sequence[Sequence[str]], result: Path) -> None:
+    """Writes the directory `result` anew."""
+    for entry, tensors in zip(recipe.entries, chosen, strict=True):
+        entry.method.apply(draft, entry.options, tensors)
+    _check_groups(draft)
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    write(draft, recipe, result, floats=recipe.floats, progress=draft.progress)
 
 
 def write(

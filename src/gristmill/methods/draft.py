@@ -6,6 +6,7 @@ it from there and, since everything else is computed anew in the same order, end
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -200,3 +201,15 @@ class Draft:
         for name in names:
             spec = PackedSpec.from_json(name, json.loads(found[f"{name}/spec"].tobytes()))
             self.pack(name, Packed(spec, {part: found[f"{name}/{part}"] for part in spec.arrays()}))
+        give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Hands memory that was freed back to the system, where the C library can (glibc).
+
+    Arrays of some megabytes come and go between smaller ones that stay, and by itself it keeps the gaps: of
+    this model 0.8 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
