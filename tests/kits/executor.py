@@ -8,12 +8,14 @@ Nothing is compared with a tolerance.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gristmill.backends.native import NativeExecutor
 from gristmill.errors import Cancelled, UsageError
 from gristmill.program.batch import GENERATED, PROMPT, Batch, CancelFlag, Executor, KVView
 
@@ -97,6 +99,15 @@ def check_executor(executor: Executor, length: int = 70, prompt: int = 53) -> Su
     check_cancellation(s)
     check_errors(s)
     return s
+
+
+def check_threads(make: Callable[[int], NativeExecutor]) -> None:
+    """All checks with three threads; one thread gives the same logits. `make` takes the number of threads."""
+    with closing(make(3)) as executor:
+        three = check_executor(executor)
+    with closing(make(1)) as executor:
+        for found, expected in zip(Subject(executor).alone, three.alone, strict=True):
+            same(found, expected, "one thread")
 
 
 def same(found: Logits, expected: Logits, what: str) -> None:

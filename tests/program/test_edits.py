@@ -19,7 +19,7 @@ from gristmill.program.builder import Builder
 from gristmill.program.edits import add_branch, keep_keys, linears_of, round_inputs
 from gristmill.program.nodes import Program, ProgramError
 from tests.kits import files, models
-from tests.kits.executor import check_executor
+from tests.kits.executor import check_threads
 
 Tensors = dict[str, np.ndarray]
 RANK = 5
@@ -172,12 +172,8 @@ def test_e4m3_rounding_of_the_reference() -> None:
 @pytest.mark.parametrize("activations", ["exact", "bf16", "fast"])
 def test_contract(level: str, activations: str) -> None:
     """The same bits for any cut of the prompt, company and thread count."""
-    program, packed, vectors = edited("llama", "branch mixed round")
-    for threads in (1, 3):
-        with closing(
-            NativeExecutor(program, packed, vectors, activations=activations, threads=threads, level=level)
-        ) as executor:
-            check_executor(executor)
+    edit = edited("llama", "branch mixed round")
+    check_threads(lambda threads: NativeExecutor(*edit, activations=activations, threads=threads, level=level))
 
 
 def test_json_round_trip() -> None:

@@ -36,7 +36,7 @@ from gristmill.program.edits import keep_keys
 from gristmill.program.nodes import Program
 from tests.formats.test_fp8 import nearest
 from tests.kits import files, models
-from tests.kits.executor import check_executor
+from tests.kits.executor import check_threads
 
 CASES = ["llama-smollm2", "llama-biases", "mistral", "qwen2", "qwen3", "gemma3-linear"]
 Tensors = dict[str, NDArray[Any]]
@@ -314,11 +314,11 @@ LEVELS = _native.available_levels() + (["amx_emulated"] if "avx512bf16" in _nati
     [*((level, "fast") for level in LEVELS), (LEVELS[0], "exact"), (LEVELS[-1], "bf16")],
 )
 def test_contract(level: str, activations: str, small_fireq: Path) -> None:
-    for threads in (1, 3):
-        with closing(
-            NativeExecutor.load(small_fireq, activations=activations, threads=threads, level=level)
-        ) as executor:
-            check_executor(executor)
+    check_threads(
+        lambda threads: NativeExecutor.load(
+            small_fireq, activations=activations, threads=threads, level=level
+        )
+    )
 
 
 @pytest.fixture(scope="module")
