@@ -1,8 +1,9 @@
 """Measures linear layers alone on weights larger than the last-level cache; writes JSON and a plot.
 
 A model of nothing but square linears is read through once per step, so that no weight is in a cache when its
-turn comes. For every format: the time of one layer at 1 to 128 rows, and the share of the read rate measured
-beside it that its bytes are read at. "Byte-bound" is the time that a layer's bytes take at that rate.
+turn comes (where the cache has some hundred megabytes, give `--bytes 1e9`). All formats are in memory at once
+and take turns. For every format: the time of one layer at 1 to 128 rows, and the share of the read rate
+measured beside it that its bytes are read at. "Byte-bound" is the time of a layer's bytes at that rate.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--width", type=int, default=4096, help="rows and columns of a layer (default 4096)")
-    parser.add_argument("--bytes", type=float, default=1e9, help="weights of each case (default 1e9)")
+    parser.add_argument("--bytes", type=float, default=4e8, help="weights of each case (default 4e8)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
     parser.add_argument("--only", action="append", help="a case's name; may be repeated")
@@ -150,41 +151,18 @@ def model(case: Case, width: int, layers: int) -> tuple[Program, dict[str, Packe
 def measure(
     cases: Sequence[Case], *, width: int, nbytes: float, repeats: int, threads: int
 ) -> dict[str, Any]:
-    """Plain JSON data: machine, and per case its bytes per layer and per number of rows the medians."""
-    results = []
-    for case in cases:  # one at a time: together they would not fit the memory
-        per_layer = case.pack(np.random.default_rng(0), width).nbytes
-        layers = max(2, round(nbytes / per_layer))
-        program, packed = model(case, width, layers)
-        with ExitStack() as stack:
-            executor = NativeExecutor(program, packed, {}, activations=case.activations, threads=threads)
-            stack.callback(executor.close)
-            total = sum(w.nbytes for name, w in executor.weights.items() if name.startswith("layers."))
-            probe = bandwidth_probe(executor.level, threads)
-            view = executor.allocate(max(ROWS))
-            times: dict[int, list[float]] = {rows: [] for rows in ROWS}
-            rates = []
-            for turn in range(repeats + 1):
-                if turn:
-                    rates.append(probe(int(nbytes)))
-                for rows in ROWS:
-                    seconds = step(executor, view, rows)
-                    if turn:
-                        times[rows].append(seconds / layers)
-                print(f"\r{case.name}: turn {turn} of {repeats}  ", end="", file=sys.stderr)
-            bound = total / layers / median(rates)
-            results.append(
-                {
-                    "name": case.name,
-                    "bytes_per_layer": total / layers,
-                    "bits_per_weight": 8 * total / layers / width**2,
-                    "layers": layers,
-                    "bandwidth_bytes_per_s": median(rates),
-                    "byte_bound_s": bound,
-                    "seconds": {str(rows): median(found) for rows, found in times.items()},
-                    "roofline_fraction": bound / median(times[1]),
-                }
-            )
+    """Plain JSON data: machine, and per case its bytes per layer and per number of rows the medians.
+
+    All cases are held at once and take turns: what the first case's time is over another's is a median over
+    the turns, too.
+    """
+    with ExitStack() as stack:
+        subjects = [Subject(case, width, nbytes, threads, stack) for case in cases]
+        for turn in range(repeats + 1):
+            for subject in subjects:
+                print(f"\r{subject.case.name}: turn {turn} of {repeats}  ", end="", file=sys.stderr)
+                subject.turn(int(nbytes), keep=turn > 0)
+        results = [subject.result(width, subjects[0]) for subject in subjects]
     print(file=sys.stderr)
     return {
         "machine": {**machine(), "load_average": load_average()},
@@ -194,6 +172,51 @@ def measure(
         "repeats": repeats,
         "cases": results,
     }
+
+
+class Subject:
+    """A case's layers in memory, and what was measured of them."""
+
+    def __init__(self, case: Case, width: int, nbytes: float, threads: int, stack: ExitStack) -> None:
+        self.case = case
+        per_layer = case.pack(np.random.default_rng(0), width).nbytes
+        self.layers = max(2, round(nbytes / per_layer))
+        program, packed = model(case, width, self.layers)
+        self.executor = NativeExecutor(program, packed, {}, activations=case.activations, threads=threads)
+        stack.callback(self.executor.close)
+        self.total = sum(w.nbytes for name, w in self.executor.weights.items() if name.startswith("layers."))
+        self.probe = bandwidth_probe(self.executor.level, threads)
+        self.view = self.executor.allocate(max(ROWS))
+        self.times: dict[int, list[float]] = {rows: [] for rows in ROWS}
+        """Seconds of a layer."""
+        self.rates: list[float] = []
+
+    def turn(self, nbytes: int, *, keep: bool) -> None:
+        """One step of every number of rows."""
+        if keep:
+            self.rates.append(self.probe(nbytes))
+        for rows in ROWS:
+            seconds = step(self.executor, self.view, rows)
+            if keep:
+                self.times[rows].append(seconds / self.layers)
+
+    def result(self, width: int, first: Subject) -> dict[str, Any]:
+        """Plain JSON data."""
+        bound = self.total / self.layers / median(self.rates)
+        return {
+            "name": self.case.name,
+            "bytes_per_layer": self.total / self.layers,
+            "bits_per_weight": 8 * self.total / self.layers / width**2,
+            "layers": self.layers,
+            "bandwidth_bytes_per_s": median(self.rates),
+            "byte_bound_s": bound,
+            "seconds": {str(rows): median(found) for rows, found in self.times.items()},
+            "roofline_fraction": bound / median(self.times[1]),
+            "seconds_over_first": {
+                str(rows): median(own / other for own, other in zip(found, first.times[rows], strict=True))
+                for rows, found in self.times.items()
+            },
+        }
 
 
 def step(executor: NativeExecutor, view: Any, rows: int) -> float:
@@ -213,14 +236,16 @@ def step(executor: NativeExecutor, view: Any, rows: int) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Time of a layer as multiples of its byte-bound time, per number of rows."""
-    lines = [
-        f"time / byte-bound time of one layer, {result['width']} x {result['width']}",
-        f"{'':22}{'bits':>6}{'GB/s':>7}" + "".join(f"{rows:>8}" for rows in ROWS),
-    ]
+    head = f"{'':22}{'bits':>6}{'GB/s':>7}" + "".join(f"{rows:>8}" for rows in ROWS)
+    lines = [f"time / byte-bound time of one layer, {result['width']} x {result['width']}", head]
     for case in result["cases"]:
         shares = "".join(f"{s / case['byte_bound_s']:8.2f}" for s in case["seconds"].values())
         rate = case["bytes_per_layer"] / case["seconds"]["1"] / 1e9
         lines.append(f"{case['name']:22}{case['bits_per_weight']:6.2f}{rate:7.1f}{shares}")
+    lines += [f"time / time of {result['cases'][0]['name']}, turn by turn", head]
+    for case in result["cases"]:
+        ratios = "".join(f"{ratio:8.2f}" for ratio in case["seconds_over_first"].values())
+        lines.append(f"{case['name']:35}{ratios}")
     return "\n".join(lines)
 
 
@@ -239,7 +264,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         yscale="log",
         xlabel="rows",
         ylabel="time of one layer (ms)",
-        title=f"{width} x {width}, {result['bytes'] / 1e9:.0f} GB of weights, {result['threads']} threads; "
+        title=f"{width} x {width}, {result['bytes'] / 1e9:.1f} GB of weights, {result['threads']} threads; "
         "dotted: its bytes at the read rate",
     )
     axes.set_xticks(ROWS, [str(rows) for rows in ROWS])

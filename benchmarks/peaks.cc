@@ -34,6 +34,49 @@ double rate(Vector zero, Vector operand, int operations, Step step) {
   return best;
 }
 
+#if defined(__AVX512VNNI__)
+// Products of int8 whose sums are scaled after every 32 of them, by the weight's scale times the row's, and
+// get the minimum times the row's sum, if there is one: what integer weights in groups of 32 need at least.
+template <bool kMinimums>
+double rate_in_groups() {
+  double best = 0;
+  __m512i codes = _mm512_set1_epi8(1);
+  __m512 scale = _mm512_set1_ps(1.0f), low = scale, row = scale;
+  for (int run = 0; run < 5; ++run) {
+    __m512 sum[kChains];
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; ++c) {
+      sum[c] = _mm512_setzero_ps();
+      __asm__ volatile("" : "+v"(sum[c]));
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    for (long i = 0; i < kSteps / 8; ++i) {
+      __m512i dot[kChains];
+#pragma GCC unroll 12
+      for (int c = 0; c < kChains; ++c) dot[c] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        __asm__ volatile("" : "+v"(codes));
+#pragma GCC unroll 12
+        for (int c = 0; c < kChains; ++c) dot[c] = _mm512_dpbusd_epi32(dot[c], codes, codes);
+      }
+      __asm__ volatile("" : "+v"(scale), "+v"(low));
+#pragma GCC unroll 12
+      for (int c = 0; c < kChains; ++c) {
+        __asm__ volatile("" : "+v"(row));
+        sum[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[c]), _mm512_mul_ps(scale, row), sum[c]);
+        if (kMinimums) sum[c] = _mm512_fmadd_ps(low, row, sum[c]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; ++c) __asm__ volatile("" : : "v"(sum[c]));
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    best = std::max(best, kSteps * double(kChains) * 128 / seconds);
+  }
+  return best;
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -50,6 +93,8 @@ int main() {
   std::printf(", \"int8 vpdpbusd\": %.4g",
               rate(_mm512_setzero_si512(), _mm512_set1_epi8(1), 128,
                    [](__m512i s, __m512i x) { return _mm512_dpbusd_epi32(s, x, x); }));
+  std::printf(", \"int8, scales per 32\": %.4g", rate_in_groups<false>());
+  std::printf(", \"int8, scales and minimums per 32\": %.4g", rate_in_groups<true>());
 #endif
 #elif defined(__FMA__)
   std::printf("\"f32 vfmadd\": %.4g", rate(_mm256_setzero_ps(), _mm256_set1_ps(1.0f), 16,

@@ -47,7 +47,7 @@ def main() -> int:
         print(json.dumps(total))
     else:
         for name, rate in total.items():
-            print(f"{name:16}{rate / 1e9:8,.0f} Gop/s on {arguments.threads} processors")
+            print(f"{name:36}{rate / 1e9:8,.0f} Gop/s on {arguments.threads} processors")
     return 0
 
 

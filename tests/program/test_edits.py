@@ -173,7 +173,8 @@ def test_e4m3_rounding_of_the_reference() -> None:
 def test_contract(level: str, activations: str) -> None:
     """The same bits for any cut of the prompt, company and thread count."""
     edit = edited("llama", "branch mixed round")
-    check_threads(lambda threads: NativeExecutor(*edit, activations=activations, threads=threads, level=level))
+    options = {"activations": activations, "level": level}
+    check_threads(lambda threads: NativeExecutor(*edit, threads=threads, **options))
 
 
 def test_json_round_trip() -> None:

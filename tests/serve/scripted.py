@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gristmill.engine.request import ContextLengthExceeded, EngineDead, Output, Request, Status
+from gristmill.engine.request import ContextLengthExceeded, EngineDead, Output, QueueFull, Request, Status
 from gristmill.engine.result import Result, Timings, TokenLogprob
 from gristmill.serve import server as real
 from gristmill.serve.settings import Settings
@@ -84,6 +84,7 @@ class Engine:
     def __init__(self, script: Sequence[Step] = ("hello",)) -> None:
         self.script = list(script)
         self.context = CONTEXT
+        self.full = False
         self.refusals: list[Exception | None] = []
         """What the next requests are refused with."""
         self.asked: list[Stream] = []
@@ -93,6 +94,10 @@ class Engine:
         self.running = True
         self.draining = False
         self.counters: Counter[str] = Counter()
+
+    def check_room(self) -> None:
+        if self.full:
+            raise QueueFull("requests are waiting", 3.4)
 
     def stream(self, request: Request) -> Stream:
         refusal = self.refusals.pop(0) if self.refusals else None

@@ -200,6 +200,20 @@ def test_refusals(error: Exception, status: int, code: str) -> None:
     assert serve(test) == 0
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_full_queue_refuses_before_it_reads(path: str) -> None:
+    def test(run: Run) -> None:
+        run.engine.full = True
+        answer = httpx.post(run.url + path, content=b"{ no JSON", timeout=20)
+        assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert answer.headers["retry-after"] == "3"
+        run.engine.full = False
+        assert httpx.post(run.url + path, content=b"{ no JSON", timeout=20).status_code == 400
+
+    assert serve(test) == 0
+
+
 def test_what_is_refused_takes_the_prompts_before_it_along() -> None:
     def test(run: Run) -> None:
         run.engine.refusals = [None, None, QueueFull("full", 1)]

@@ -370,9 +370,7 @@ class Engine:
             raise UsageError(f"n must be a whole number between 1 and {MAX_N}, not {request.n!r}"[:120])
         if request.id in self._jobs:
             raise UsageError(f"the request id {request.id[:80]!r} is in use")
-        waiting, waiting_tokens = self._waiting()
-        if waiting >= self.max_waiting + max(0, self.max_sequences - len(self._scheduler.running)):
-            raise QueueFull(f"{waiting} requests are waiting", self._retry_after())
+        waiting, waiting_tokens = self.check_room()
         tokens = len(request.prompt)
         if waiting and waiting_tokens + tokens > self.max_waiting_tokens:
             raise QueueFull(f"{waiting_tokens} prompt tokens are waiting", self._retry_after())
@@ -403,6 +401,13 @@ class Engine:
             raise EngineDead(self._failure or "the engine is closed")
         self._command(lambda: self._add(job))
         return job
+
+    def check_room(self) -> tuple[int, int]:
+        """Requests that have not begun, and the tokens of their prompts. QueueFull if none more are taken."""
+        waiting, tokens = self._waiting()
+        if waiting >= self.max_waiting + max(0, self.max_sequences - len(self._scheduler.running)):
+            raise QueueFull(f"{waiting} requests are waiting", self._retry_after())
+        return waiting, tokens
 
     def _waiting(self) -> tuple[int, int]:
         """Requests that have not begun, and the tokens of their prompts."""

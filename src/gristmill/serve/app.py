@@ -78,6 +78,8 @@ class ServedEngine(Protocol):
     @property
     def context(self) -> int: ...
 
+    def check_room(self) -> object: ...
+
     def stream(self, request: Request) -> AsyncIterator[Output]: ...
 
     def status(self) -> Status: ...
@@ -406,7 +408,8 @@ class _Handlers:
         from gristmill.serve.tools import check_tools, constraint_for, for_template
 
         server = self._server
-        server.ready_engine()
+        # Before the body is read: under overload, refusing is most of what is done.
+        server.ready_engine().check_room()
         request = await self._read(ChatRequest, receive)
         began = time.monotonic()
         if not server.chat:
@@ -464,7 +467,7 @@ class _Handlers:
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/completions."""
         server = self._server
-        server.ready_engine()
+        server.ready_engine().check_room()
         request = await self._read(CompletionRequest, receive)
         began = time.monotonic()
         assert server.texts is not None
