@@ -53,7 +53,10 @@ double rate_in_groups() {
     for (long i = 0; i < kSteps / 8; ++i) {
       __m512i dot[kChains];
 #pragma GCC unroll 12
-      for (int c = 0; c < kChains; ++c) dot[c] = _mm512_setzero_si512();
+      for (int c = 0; c < kChains; ++c) {
+        dot[c] = _mm512_setzero_si512();
+        __asm__ volatile("" : "+v"(dot[c]));
+      }
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k) {
         __asm__ volatile("" : "+v"(codes));

@@ -287,15 +287,20 @@ class Engine:
         self._command(lambda: self._end(job, "cancelled"))
         return True
 
-    def status(self) -> Status:
-        """How it goes. Cheap enough to ask twice a second."""
+    @property
+    def alive(self) -> bool:
+        """Whether the engine has neither failed nor stands still. Cheap enough to ask for every request."""
         now = time.monotonic()
         progress = self.model.executor.progress if not self.model.runner.closed else 0
         if progress != self._progress:
             self._progress, self._moved = progress, now
-        alive = self._thread.is_alive() and self._failure is None
         if self._working and now - max(self._beat, self._moved) > HANG_SECONDS:
-            alive = False
+            return False
+        return self._thread.is_alive() and self._failure is None
+
+    def status(self) -> Status:
+        """How it goes. Cheap enough to ask twice a second."""
+        alive = self.alive
         scheduler = self._scheduler
         used = self._kv.used
         idle = self._counters["idle_bytes"]
@@ -350,7 +355,7 @@ class Engine:
         with self._condition:
             self._condition.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join(None if self.status().alive else HANG_SECONDS)
+            self._thread.join(None if self.alive else HANG_SECONDS)
         if self._thread.is_alive():
             return  # a step that hangs: its memory cannot be taken away
         self._scheduler.forget()

@@ -78,6 +78,9 @@ class ServedEngine(Protocol):
     @property
     def context(self) -> int: ...
 
+    @property
+    def alive(self) -> bool: ...
+
     def check_room(self) -> object: ...
 
     def stream(self, request: Request) -> AsyncIterator[Output]: ...
@@ -139,7 +142,7 @@ class Server:
         if self.engine is None or self.draining:
             what = "shutting down" if self.draining else self.failed or "loading the model"
             raise ApiError(503, f"the server is {what}", code="unavailable", headers={"retry-after": "5"})
-        if not self.engine.status().alive:
+        if not self.engine.alive:
             raise ApiError(503, "the engine has failed", code="unavailable", headers={"retry-after": "5"})
         return self.engine
 
