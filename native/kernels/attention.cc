@@ -19,8 +19,15 @@
 // partial results are merged afterwards; each item rotates its queries and writes the new keys and values of
 // its own span, so that no thread waits for another. Longer ones are cut by blocks of rows, which run all
 // their spans in order; their keys and values are written beforehand.
+//
+// With matrix tiles (level amx) bf16 queries and probabilities meet bf16 keys and values in tiles of at most
+// 16 rows: of 32 dimensions for a score, of 32 tokens for an output (16 where 32 does not divide the head),
+// in the order of sums of TDPBF16PS.
 #include "kernels.h"
 #include "vec/vec.h"
+#ifdef GM_TILES
+#include "vec/tiles.h"
+#endif
 
 namespace gm::GM_LEVEL {
 namespace {
@@ -619,6 +626,170 @@ struct ValueTile {
   static void run(const Work<kMath>& w, int64_t row) { value_rows<kMath, kRows>(w, row); }
 };
 
+#ifdef GM_TILES
+constexpr bool kHasTiles = true;
+
+// Columns of a step, in pairs of which the tiles of keys and values consist.
+int64_t tile_step(int64_t hd) { return hd % 32 == 0 ? 32 : 16; }
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows, 6 and 7 keys or values.
+TileConfig tile_config(int64_t rows, int64_t step) {
+  TileConfig config;
+  for (int t = 0; t < 4; ++t) config.shape(t, least(rows, 16), 64);
+  for (int t = 4; t < 6; ++t) config.shape(t, least(rows, 16), step * 2);
+  for (int t = 6; t < 8; ++t) config.shape(t, step / 2, 64);
+  return config;
+}
+
+// c(i, j) += a(i) b(j) over the steps; i < kHigh tiles of rows, j < kWide of columns. Strides in bytes.
+struct Products {
+  const uint16_t *a[2], *b[2];
+  int64_t a_stride, b_stride;  // between rows
+  int64_t a_step, b_step;      // between steps, in numbers
+  int64_t steps;
+};
+template <int kHigh, int kWide>
+inline void multiply(Tiles& tiles, const Products& x) {
+  for (int64_t i = 0; i < x.steps; ++i) {
+    tiles.template load<4>(x.a[0] + i * x.a_step, x.a_stride);
+    tiles.template load<6>(x.b[0] + i * x.b_step, x.b_stride);
+    tiles.template dot_bf16<0, 4, 6>();
+    if constexpr (kWide == 2) {
+      tiles.template load<7>(x.b[1] + i * x.b_step, x.b_stride);
+      tiles.template dot_bf16<1, 4, 7>();
+    }
+    if constexpr (kHigh == 2) {
+      tiles.template load<5>(x.a[1] + i * x.a_step, x.a_stride);
+      tiles.template dot_bf16<2, 5, 6>();
+    }
+    if constexpr (kHigh == 2 && kWide == 2) tiles.template dot_bf16<3, 5, 7>();
+  }
+}
+template <int kHigh, int kWide>
+inline void zero(Tiles& tiles) {
+  tiles.template zero<0>();
+  if constexpr (kWide == 2) tiles.template zero<1>();
+  if constexpr (kHigh == 2) tiles.template zero<2>();
+  if constexpr (kHigh == 2 && kWide == 2) tiles.template zero<3>();
+}
+// Of [16 kHigh rows][ld floats], 16 kWide of a row.
+template <int kHigh, int kWide>
+inline void load(Tiles& tiles, const float* from, int64_t ld) {
+  tiles.template load<0>(from, ld * 4);
+  if constexpr (kWide == 2) tiles.template load<1>(from + 16, ld * 4);
+  if constexpr (kHigh == 2) tiles.template load<2>(from + 16 * ld, ld * 4);
+  if constexpr (kHigh == 2 && kWide == 2) tiles.template load<3>(from + 16 * ld + 16, ld * 4);
+}
+template <int kHigh, int kWide>
+inline void store(Tiles& tiles, float* to, int64_t ld) {
+  tiles.template store<0>(to, ld * 4);
+  if constexpr (kWide == 2) tiles.template store<1>(to + 16, ld * 4);
+  if constexpr (kHigh == 2) tiles.template store<2>(to + 16 * ld, ld * 4);
+  if constexpr (kHigh == 2 && kWide == 2) tiles.template store<3>(to + 16 * ld + 16, ld * 4);
+}
+
+// Rows that fill a tile are loaded whole: there is room behind the last ones.
+template <class Fn>
+void in_squares(int64_t rows, int64_t columns, Fn fn) {
+  for (int64_t r = 0; r < rows; r += 32) {
+    for (int64_t c = 0; c < columns; c += 32) {
+      const bool high = rows - r > 16, wide = columns - c > 16;
+      if (high) {
+        wide ? fn.template operator()<2, 2>(r, c) : fn.template operator()<2, 1>(r, c);
+      } else {
+        wide ? fn.template operator()<1, 2>(r, c) : fn.template operator()<1, 1>(r, c);
+      }
+    }
+  }
+}
+
+// s = q k, not scaled yet.
+void tile_scores(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ahead) {
+  const int64_t step = tile_step(w.hd), blocks = (w.keys + kBlock - 1) / kBlock;
+  if (ahead) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t at = 0; at < kBlock * w.hd; at += 32) prefetch_far(w.k_ahead[b] + at);
+    }
+  }
+  in_squares(rows, blocks * kBlock, [&]<int kHigh, int kWide>(int64_t r, int64_t c) {
+    const int64_t b = c / kBlock;
+    const uint16_t* q = w.q + r * w.hd;
+    zero<kHigh, kWide>(tiles);
+    multiply<kHigh, kWide>(
+        tiles,
+        {{q, q + 16 * w.hd}, {w.k[b], w.k[b + kWide - 1]}, w.hd * 2, 64, step, step * kBlock, w.hd / step});
+    store<kHigh, kWide>(tiles, w.s + r * kTile + c, kTile);
+  });
+}
+
+// o = o * factor + p v. The blocks of a tile lie one after the other; `edge` takes the step that the last
+// keys do not fill, [step / 2][hd][2].
+void tile_values(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ahead, uint16_t* edge) {
+  const int64_t hd = w.hd, step = tile_step(hd), whole = w.keys / step, left = w.keys - whole * step;
+  if (ahead) {
+    for (int64_t b = 0; b * kBlock < w.keys; ++b) {
+      for (int64_t at = 0; at < kBlock * hd; at += 32) prefetch_far(w.v_ahead[b] + at);
+    }
+  }
+  if (left > 0) {
+    const size_t there = static_cast<size_t>((left + 1) / 2 * hd) * 4;
+    memcpy(edge, w.v[0] + whole * step * hd, there);
+    memset(reinterpret_cast<char*>(edge) + there, 0, static_cast<size_t>(step * hd) * 2 - there);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    if (w.factor[r] == 1.0f) continue;
+    const vf factor = vf_set1(w.factor[r]);
+    for (float* o = w.o + r * hd; o < w.o + (r + 1) * hd; o += 16) vf_store(o, vf_load(o) * factor);
+  }
+  in_squares(rows, hd, [&]<int kHigh, int kWide>(int64_t r, int64_t c) {
+    const uint16_t* p = w.p + r * kTile;
+    const uint16_t *v = w.v[0] + c * 2, *end = edge + c * 2;
+    Products x = {
+        {p, p + 16 * kTile}, {v, v + 32}, kTile * 2, hd * 4, step, step * hd, whole,
+    };
+    load<kHigh, kWide>(tiles, w.o + r * hd + c, hd);
+    multiply<kHigh, kWide>(tiles, x);
+    if (left > 0) {
+      for (int i = 0; i < 2; ++i) x.a[i] += whole * step;
+      x.b[0] = end;
+      x.b[1] = end + 32;
+      x.steps = 1;
+      multiply<kHigh, kWide>(tiles, x);
+    }
+    store<kHigh, kWide>(tiles, w.o + r * hd + c, hd);
+  });
+}
+#else
+constexpr bool kHasTiles = false;
+#endif
+
+// The two products of an item: of rows from `begin` on with a tile's keys, and with its values.
+template <Math kMath>
+struct Multiply {
+  static constexpr bool kScales = true;  // whether scores have their scale
+  Multiply(int64_t, int64_t) {}
+  void scores(const Work<kMath>& w, int64_t begin, int64_t rows, bool) {
+    in_tiles<kMath, ScoreTile>(w, begin, rows);
+  }
+  void values(const Work<kMath>& w, int64_t begin, int64_t rows, bool, uint16_t*) {
+    in_tiles<kMath, ValueTile>(w, begin, rows);
+  }
+};
+#ifdef GM_TILES
+template <>
+struct Multiply<Math::kBf16> {
+  static constexpr bool kScales = false;
+  Tiles tiles;
+  Multiply(int64_t rows, int64_t hd) : tiles(tile_config(rows, tile_step(hd))) {}
+  void scores(const Work<Math::kBf16>& w, int64_t, int64_t rows, bool ahead) {
+    tile_scores(tiles, w, rows, ahead);
+  }
+  void values(const Work<Math::kBf16>& w, int64_t, int64_t rows, bool ahead, uint16_t* edge) {
+    tile_values(tiles, w, rows, ahead, edge);
+  }
+};
+#endif
+
 inline void store_p(uint16_t* p, vf x) { vf_store_bf16(p, x); }
 inline void store_p(float* p, vf x) { vf_store(p, x); }
 // Of vf_exp, which is 0 or at least exp(-87).
@@ -636,6 +807,7 @@ struct Scratch {
   float *rotated, *s, *o, *m, *l, *factor, *lanes;
   float *total, *total_m, *total_l;
   void* p;
+  uint16_t* edge;
   // Int4 by channel: a group, queries as they are and times a tile's scales, and what Work names.
   float *group, *wide, *base, *sum, *k_scale, *k_base, *v_scale, *v_base;
   void* scaled;
@@ -659,6 +831,7 @@ struct Scratch {
     total = take(rows * hd);
     total_m = take(rows);
     total_l = take(rows);
+    edge = reinterpret_cast<uint16_t*>(kHasTiles ? take(16 * hd) : nullptr);
     if (!by_channel(a)) return;
     group = take(Group::floats(a));
     wide = take(rows * hd);
@@ -673,7 +846,7 @@ struct Scratch {
   static int64_t bytes(const AttentionArgs& a) {
     const int64_t rows = (row_limit(a) + 15) / 16 * 16;
     return 4 * (rows * (3 * a.head_dim + (1 + p_groups(a)) * kTile + 5) + 2 * a.head_dim + 256 + 12 * 16) +
-           64 +
+           (kHasTiles ? 64 * a.head_dim : 0) + 64 +
            (by_channel(a) ? 4 * (Group::floats(a) + rows * (2 * a.head_dim + 2) + 4 * a.head_dim + 9 * 16)
                           : 0);
   }
@@ -826,6 +999,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
     w.v_scale_of = x.v_scale;
     w.v_base = x.v_base;
   }
+  Multiply<kMath> multiply(rows, hd);
   if (item.partial < 0) {
     for (int64_t r = 0; r < padded; ++r) x.total_m[r] = kMasked;
     memset(x.total_l, 0, static_cast<size_t>(padded) * 4);
@@ -867,15 +1041,23 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
           }
         }
       }
-      in_tiles<kMath, ScoreTile>(w, own, rows);
+      multiply.scores(w, own, rows, item.partial >= 0);
       // Sixteen rows at a time, so that what is one number of a row is one vector of all.
       mask(a, item, tile, x.s);
       for (int64_t r0 = 0; r0 < rows; r0 += 16) {
         const int64_t count = least(16, rows - r0);
         for (int64_t i = 0; i < count; ++i) {
-          const float* sr = x.s + (r0 + i) * kTile;
-          vf_store(x.lanes + 16 * i,
-                   vf_max(vf_max(vf_load(sr), vf_load(sr + 16)), vf_max(vf_load(sr + 32), vf_load(sr + 48))));
+          float* sr = x.s + (r0 + i) * kTile;
+          vf part[4];
+          GM_UNROLL(4)
+          for (int j = 0; j < 4; ++j) {
+            part[j] = vf_load(sr + 16 * j);
+            if constexpr (!Multiply<kMath>::kScales) {
+              part[j] = part[j] * vf_set1(a.scale);
+              vf_store(sr + 16 * j, part[j]);
+            }
+          }
+          vf_store(x.lanes + 16 * i, vf_max(vf_max(part[0], part[1]), vf_max(part[2], part[3])));
         }
         const vf before = vf_load(x.m + r0), m = vf_max(vf_max_rows(x.lanes, count), before);
         vf_store(x.m + r0, m);
@@ -910,7 +1092,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
       if constexpr (codes(kMath)) {
         if (own > 0) in_tiles<kPlain, ValueTile>(plain, 0, own);
       }
-      in_tiles<kMath, ValueTile>(w, own, rows);
+      multiply.values(w, own, rows, item.partial >= 0, x.edge);
     }
     if (item.partial >= 0) {
       for (int64_t r = 0; r < rows; ++r) {

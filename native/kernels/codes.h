@@ -95,6 +95,11 @@ __attribute__((always_inline)) inline void each_vector(const uint8_t* piece, Fn 
   }(std::make_integer_sequence<int, Codes::kColumns / 4>());
 }
 
+// The columns of a group that are stored.
+inline int64_t columns_of(const Weight& w, int64_t group) {
+  return group + 1 == w.groups ? w.kp - group * w.group : w.group;
+}
+
 // The scales, or minimums, of 16 rows: those from number `at` on.
 __attribute__((always_inline)) inline vf load_scales(const Weight& w, const void* base, int64_t at) {
   if (w.e4m3_scales) {

@@ -26,10 +26,14 @@
 // unsigned and -offset * sum(q) is added to the dot.
 //
 // Fewer than 16 rows leave tiles partly empty, and go to the VNNI kernel.
+#include "linear_amx.h"
+
 #include <immintrin.h>
 
 #include "codes.h"
 #include "gristmill/kernel.h"
+#include "kernels.h"
+#include "linear_out.h"
 #include "vec/tiles.h"
 #include "vec/vec.h"
 
@@ -63,14 +67,6 @@ struct Job {
   int64_t groups, steps, step;
   bool wide;
 };
-
-inline int64_t columns_of(const Weight& w, int64_t group) {
-  return group + 1 == w.groups ? w.kp - group * w.group : w.group;
-}
-
-inline __mmask64 first_bytes(int64_t n) {
-  return n >= 64 ? ~static_cast<__mmask64>(0) : n <= 0 ? 0 : (static_cast<__mmask64>(1) << n) - 1;
-}
 
 inline vf load_scale(const char* p, int64_t group, bool wide) {
   return wide ? vf_load(reinterpret_cast<const float*>(p) + group * 16)
@@ -197,19 +193,7 @@ Compute pick(Codes codes, bool mins, int tiles, int blocks) {
   __builtin_unreachable();
 }
 
-// The sums of rows [first, first + rows) and one block, with bias and residual, to their place.
-void finish(const float* y, int64_t first, int64_t rows, int64_t block, int64_t n, const LinearOut& out) {
-  const int lanes = static_cast<int>(n - block * 16 < 16 ? n - block * 16 : 16);
-  const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + block * 16, lanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = out.out + (first + r) * out.ld + block * 16;
-    vf value = vf_load(y + r * 16);
-    if (out.row_scale != nullptr) value = value * vf_set1(out.row_scale[first + r]);
-    value = value + bias;
-    if (out.accumulate) value = vf_load_n(to, lanes) + value;
-    vf_store_n(to, value, lanes);
-  }
-}
+}  // namespace
 
 void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,
                  const LinearOut& out, void* scratch) {
@@ -279,12 +263,15 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
   }
 }
 
+namespace {
+
 // ---- bf16 -------------------------------------------------------------------------------------------------
 //
-// Weights of any storage times bf16 rows. The order of sums is that of TDPBF16PS at every number of rows: 32
-// columns at a time, a chain of fused steps over the even columns from zero, one over the odd ones, the two
-// added, and their sum to the output; steps ascending. Columns past the last are zero. So the bits are not
-// those of the other levels, whose single chain the tiles cannot follow.
+// Weights of any storage times bf16 rows, but for integers of large groups (linear_amx_codes.cc). The order
+// of sums is that of TDPBF16PS at every number of rows: 32 columns at a time, a chain of fused steps over the
+// even columns from zero, one over the odd ones, the two added, and their sum to the output; steps ascending.
+// Columns past the last are zero. So the bits are not those of the other levels, whose single chain the tiles
+// cannot follow.
 //
 // Two blocks are decoded to a strip of [step][16 pairs][16 outputs][2], which is a block's own order: bf16
 // weights are loaded where they lie. 32 x 32 outputs stay in tiles 0-3 over all columns.
@@ -396,9 +383,15 @@ ComputeBf16 pick_bf16(int tiles, int blocks, bool ahead) {
   return blocks == 2 ? compute_bf16<1, 2, false> : compute_bf16<1, 1, false>;
 }
 
+}  // namespace
+
 void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
                  int64_t block_end, const LinearOut& out, void* scratch) {
   if (rows == 0) return;
+  if (has_large_groups(w)) {
+    linear_bf16_codes(w, x, ldx, rows, block_begin, block_end, out, scratch);
+    return;
+  }
   const AmxBf16Shape s(w);
   const int64_t panel = s.panel(rows), tile = s.steps * 512;  // values of 16 rows, or of a block
   auto* strips = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
@@ -442,7 +435,6 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
   }
 }
 
-}  // namespace
 }  // namespace GM_LEVEL
 
 #define GM_CONCAT2(a, b) a##b
@@ -457,6 +449,15 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
     t.prompts_in_bf16 = true;
     t.linear_int8 = GM_LEVEL::linear_int8;
     t.linear_bf16 = GM_LEVEL::linear_bf16;
+    t.attention_long = GM_LEVEL::attention_long;
+    t.attention_prepare = GM_LEVEL::attention_prepare;
+    t.attention_items = GM_LEVEL::attention_items;
+    t.attention_costs = GM_LEVEL::attention_costs;
+    t.attention_partial_floats = GM_LEVEL::attention_partial_floats;
+    t.attention_spans = GM_LEVEL::attention_spans;
+    t.attention_commit = GM_LEVEL::attention_commit;
+    t.attention_merge = GM_LEVEL::attention_merge;
+    t.attention_scratch_bytes = GM_LEVEL::attention_scratch_bytes;
     return t;
   }();
   return &table;

@@ -8,6 +8,8 @@
 // Integer weights times bf16 rows: further down.
 #include "codes.h"
 #include "kernels.h"
+#include "linear_out.h"
+#include "numbers.h"
 #include "vec/vec.h"
 
 namespace gm::GM_LEVEL {
@@ -182,20 +184,6 @@ void decode_codes(const Weight& w, int64_t block, int64_t lane, float* out) {
   }
 }
 
-// The sums of rows [first, first + rows), with bias and residual, to their place.
-void finish(const float* acc, int64_t first, int64_t rows, int64_t block, int64_t n, const LinearOut& out) {
-  const int lanes = static_cast<int>(n - block * 16 < 16 ? n - block * 16 : 16);
-  const vf bias = out.bias == nullptr ? vf_zero() : vf_load_n(out.bias + block * 16, lanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = out.out + (first + r) * out.ld + block * 16;
-    vf value = vf_load(acc + r * 16);
-    if (out.row_scale != nullptr) value = value * vf_set1(out.row_scale[first + r]);
-    value = value + bias;
-    if (out.accumulate) value = vf_load_n(to, lanes) + value;
-    vf_store_n(to, value, lanes);
-  }
-}
-
 // ---- Integer weights times bf16 rows -----------------------------------------------------------------
 //
 // Codes less their offset are bf16 numbers exactly, and are multiplied as such. One order of operations for
@@ -203,9 +191,6 @@ void finish(const float* acc, int64_t first, int64_t rows, int64_t block, int64_
 // for the float weights, but of every four columns 0 and 2 are the first pair, 1 and 3 the second, as they
 // lie in 16-bit words; then, groups ascending, y = fma(scale, dot, y) and, for weights with minimums, y =
 // fma(min, sum of the group's x, y), that sum taken in sixteen chains, column c in chain c % 16, folded.
-//
-// Rounded products of codes and E4M3 scales are numbers R(s (code - offset)) / p, p the largest power of two
-// in s, and the group's scale is unit * p (both with s = 2^-9 where it is 0, but the group's scale 0).
 //
 // Few rows: a tile is one or some blocks of 16 output rows by at most 8 rows of activations; what a vector of
 // codes becomes is used for all of them at once and kept nowhere. Few rows take two blocks, as one chain
@@ -217,112 +202,6 @@ void finish(const float* acc, int64_t first, int64_t rows, int64_t block, int64_
 // shifts, 4 look-ups and 4 products per row: some 7 cycles with one row, faster than one core reads memory,
 // 16 at least with four, 64 with sixteen.
 
-// Numbers by code (bf16), for vt or vm; in memory, where all tiles of a call find them.
-constexpr int64_t kNumbers = 256;
-
-inline vi code_range(int first, int mask) {
-  int32_t codes[16];
-  for (int i = 0; i < 16; ++i) codes[i] = (first + i) & mask;
-  return vi_load(codes);
-}
-
-inline vf largest_power(vf positive) { return vi_as_float(vf_bits(positive) & vi_set1(0x7f800000)); }
-
-// What a group's dot product and its sum of x are multiplied by; `at` counts scales.
-__attribute__((always_inline)) inline vf group_min(const Weight& w, int64_t at) {
-  return w.mins == nullptr ? vf_zero() : load_scales(w, w.mins, at);
-}
-__attribute__((always_inline)) inline vf group_scale(const Weight& w, int64_t at) {
-  const vf scale = load_scales(w, w.scales, at);
-  return w.rounded ? largest_power(scale) * vf_set1(w.unit) : scale;
-}
-
-// As load_scale of linear_int.cc does.
-inline void ask_for_scales(const Weight& w, const void* base, int64_t at) {
-  prefetch(static_cast<const char*>(base) + at * (w.e4m3_scales ? 1 : w.wide_scales ? 4 : 2) + 512);
-}
-
-// Codes less the offset.
-template <class C>
-struct Plain {
-  using Codes = C;
-  struct Group {};
-  vt table;
-
-  static void fill(const Weight& w, uint16_t* numbers) {
-    constexpr int kCodes = C::kBits < 8 ? 64 : 256;
-    for (int i = 0; i < kCodes; i += 16) {
-      vf_store_bf16(numbers + i, vi_float(code_range(i, (1 << C::kBits) - 1) + vi_set1(-w.offset)));
-    }
-  }
-  Plain(const Weight& w, const uint16_t* numbers) : table(vt_load<C::kBits>(numbers, w.offset)) {}
-  Group group(const Weight&, int64_t) const { return {}; }
-  template <int kVector>
-  void pairs(const Weight&, const uint8_t* piece, const Group&, vh& first, vh& second) const {
-    vb_pairs<C::kBits>(C::template loose<kVector>(piece), table, first, second);
-  }
-};
-
-// Rounded products, as they are defined.
-template <class C>
-struct Products {
-  using Codes = C;
-  struct Group {
-    vf scale, inverse;
-  };
-
-  static void fill(const Weight&, uint16_t*) {}
-  Products(const Weight&, const uint16_t*) {}
-  Group group(const Weight& w, int64_t at) const {
-    const vf scale = vf_max(load_scales(w, w.scales, at), vf_set1(0x1p-9f));
-    return {scale, vf_set1(1.0f) / largest_power(scale)};
-  }
-  template <int kVector>
-  void pairs(const Weight& w, const uint8_t* piece, const Group& g, vh& first, vh& second) const {
-    const vi codes = vb_lanes(C::template at<kVector>(piece));
-    const auto number = [&](vi bits) {
-      const vf code = vi_float((bits & vi_set1(255)) + vi_set1(-w.offset));
-      return vf_round_e4m3(g.scale * code) * g.inverse;
-    };
-    first = vh_exact(number(codes), number(vi_shr<16>(codes)));
-    second = vh_exact(number(vi_shr<8>(codes)), number(vi_shr<24>(codes)));
-  }
-};
-
-template <class C>
-struct Rounded : Products<C> {
-  using Products<C>::Products;
-};
-
-#ifdef GM_PRODUCT_TABLE
-// Those of 4 bits from a table by the scale's three bits of mantissa; groups with products beyond E4M3, which
-// are not in it, as defined.
-template <>
-struct Rounded<PlaneCodes<4>> {
-  using Codes = PlaneCodes<4>;
-  using Defined = Products<Codes>;
-  using Group = vn;
-  vm table;
-  float limit;
-
-  static void fill(const Weight& w, uint16_t* numbers) {
-    const vf codes = vi_float(code_range(0, 15) + vi_set1(-w.offset));
-    for (int i = 0; i < 8; ++i) {
-      vf_store_bf16(numbers + i * 16, vf_round_e4m3(vf_set1(static_cast<float>(8 + i) / 8) * codes));
-    }
-  }
-  Rounded(const Weight& w, const uint16_t* numbers) : table(vm_load(numbers)) {
-    limit = 448.0f / static_cast<float>(w.offset > 15 - w.offset ? w.offset : 15 - w.offset);
-  }
-  bool has(const Weight& w, int64_t at) const { return !vf_any_above(load_scales(w, w.scales, at), limit); }
-  Group group(const Weight& w, int64_t at) const { return vn_of(load_scales(w, w.scales, at)); }
-  template <int kVector>
-  void pairs(const Weight&, const uint8_t* piece, const Group& g, vh& first, vh& second) const {
-    vb_pairs(Codes::loose<kVector>(piece), table, g, first, second);
-  }
-};
-#endif
-
 // A linear layer as far as its tiles need it.
 struct Job {
   const Weight* w;
@@ -331,9 +210,7 @@ struct Job {
   const float* sums;  // of x, [rows][groups]; null without minimums
   const uint16_t* numbers;
 
-  int64_t columns(int64_t group) const {
-    return group + 1 == w->groups ? w->kp - group * w->group : w->group;
-  }
+  int64_t columns(int64_t group) const { return columns_of(*w, group); }
 };
 
 // Rows from `row` on in the order in which a tile of `height` rows reads them: [kp / 2][height][2], pairs as
@@ -471,34 +348,6 @@ struct Strip {
   alignas(64) float lows[kStrip / 8 + 1][16];
 };
 
-// Columns from `begin` on, `n` of them, within one group.
-template <class Numbers>
-void strip_group(const Job& job, int64_t block, int64_t begin, int64_t n, uint16_t* to) {
-  using Codes = typename Numbers::Codes;
-  const Weight& w = *job.w;
-  const Numbers numbers(w, job.numbers);
-  const int64_t scales = (block * w.groups + begin / w.group) * 16;
-  if constexpr (requires { typename Numbers::Defined; }) {
-    if (!numbers.has(w, scales)) {
-      strip_group<typename Numbers::Defined>(job, block, begin, n, to);
-      return;
-    }
-  }
-  const auto group = numbers.group(w, scales);
-  const uint8_t* piece = w.codes(block) + begin / Codes::kColumns * Codes::kBytes;
-  for (int64_t c = 0; c < n; c += Codes::kColumns, piece += Codes::kBytes) {
-    [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
-      const auto vector = [&]<int kAt>() __attribute__((always_inline)) {
-        vh first, second;
-        numbers.template pairs<kAt>(w, piece, group, first, second);
-        vh_store(to + (c + 4 * kAt) * 16, first);
-        vh_store(to + (c + 4 * kAt + 2) * 16, second);
-      };
-      (vector.template operator()<kVector>(), ...);
-    }(std::make_integer_sequence<int, Codes::kColumns / 4>());
-  }
-}
-
 template <class Numbers>
 void fill_strip(const Job& job, int64_t block, int64_t begin, Strip& strip) {
   const Weight& w = *job.w;
@@ -508,7 +357,7 @@ void fill_strip(const Job& job, int64_t block, int64_t begin, Strip& strip) {
   for (int64_t c = 0, i = 0; c < strip.columns; ++group, ++i) {
     const int64_t end = group * w.group + job.columns(group) - begin;
     const int64_t stop = end < strip.columns ? end : strip.columns;
-    strip_group<Numbers>(job, block, begin + c, stop - c, strip.numbers + c * 16);
+    decode_numbers<Numbers>(w, job.numbers, block, begin + c, stop - c, strip.numbers + c * 16);
     vf_store(strip.scales[i], group_scale(w, (block * w.groups + group) * 16));
     vf_store(strip.lows[i], group_min(w, (block * w.groups + group) * 16));
     c = stop;
@@ -565,22 +414,6 @@ TileCodes pick_tile(int64_t rows, bool single, std::integer_sequence<int, kRows.
   static constexpr TileCodes tiles[][2] = {
       {tile_codes<kRows + 1, blocks_of(kRows + 1), Numbers>, tile_codes<kRows + 1, 1, Numbers>}...};
   return tiles[rows - 1][single];
-}
-
-// Sums of the rows' groups.
-void sum_groups(const Job& job, int64_t rows, float* sums) {
-  const Weight& w = *job.w;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t g = 0; g < w.groups; ++g) {
-      const uint16_t* x = job.x + r * job.ldx + g * w.group;
-      const int64_t columns = job.columns(g), whole = columns / 16 * 16;
-      vf sum = vf_zero();
-      for (int64_t c = 0; c < whole; c += 16) sum = sum + vf_load_bf16(x + c);
-      uint16_t rest[16] = {};
-      memcpy(rest, x + whole, static_cast<size_t>(columns - whole) * 2);
-      sums[r * w.groups + g] = vf_sum(sum + vf_load_bf16(rest));
-    }
-  }
 }
 
 template <class Numbers>
@@ -646,7 +479,7 @@ void linear_codes(Job job, int64_t rows, int64_t block_begin, int64_t block_end,
   Numbers::fill(w, numbers);
   job.numbers = numbers;
   if (w.mins != nullptr) {
-    sum_groups(job, rows, scratch);
+    sum_groups(w, job.x, job.ldx, rows, scratch);
     job.sums = scratch;
     scratch += (rows * w.groups + 15) / 16 * 16;  // whole cache lines
   }

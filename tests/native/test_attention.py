@@ -24,6 +24,12 @@ MODES = {
     "channel-wide": (KV.INT4_CHANNEL, False),
 }
 CHANNEL = ("channel", "channel-wide")
+# The tiles, emulated, where bf16 meets bf16; else that level's attention is the vectors'.
+EMULATED = ["amx_emulated"] if "avx512bf16" in LEVELS else []
+LEVELS_AND_MODES = [
+    *itertools.product(LEVELS, MODES),
+    *itertools.product(EMULATED, ["bf16"]),
+]
 
 
 def to_bf16(x: F32) -> F32:
@@ -206,13 +212,13 @@ def test_against_float64(mode: str, shape: tuple[int, int, int], window: int, sc
     expected = layer.oracle(inputs)
     # bf16 rounds the probabilities to 8 bits; the rest is float32 arithmetic on scores of size 30.
     tolerance = 6e-3 if MODES[mode][1] else 5e-5
-    for level, cuts in itertools.product(LEVELS, [(), (1, 2, 70, 300), (330, 331, 332)]):
+    levels = LEVELS + EMULATED if mode == "bf16" else LEVELS
+    for level, cuts in itertools.product(levels, [(), (1, 2, 70, 300), (330, 331, 332)]):
         got = layer.run(level, inputs, cuts)
         np.testing.assert_allclose(got, expected, atol=tolerance, rtol=0, err_msg=f"{level} {cuts}")
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("level", "mode"), LEVELS_AND_MODES)
 @pytest.mark.parametrize("window", [0, 40, 300])
 def test_cuts_and_parts_change_no_bit(level: str, mode: str, window: int) -> None:
     if mode in CHANNEL and window:
@@ -235,11 +241,29 @@ def test_same_bits_on_every_level(mode: str) -> None:
     inputs = layer.inputs(300)
     expected = layer.run("portable", inputs, (250, 251))
     for level in LEVELS:
+        if mode == "bf16" and level == "amx":
+            continue
         np.testing.assert_array_equal(layer.run(level, inputs, (250, 251)), expected, err_msg=level)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("mode", ["bf16", "int4", "channel"])
+@pytest.mark.skipif("amx" not in LEVELS, reason="this processor has no matrix tiles")
+@pytest.mark.parametrize(
+    ("shape", "window"), [((7, 1, 48), 70), ((9, 3, 64), 0), ((2, 1, 208), 0), ((50, 1, 16), 0)], ids=str
+)
+@pytest.mark.parametrize("size", [1.0, 1e-37])
+def test_tiles_are_what_their_emulation_is(shape: tuple[int, int, int], window: int, size: float) -> None:
+    layer = Layer(*shape, window)
+    q, k, v = layer.inputs(300)
+    v *= np.float32(size)  # sums about the smallest normal number: what is below is zero
+    for cuts in ((250, 251), (), (7, 20, 37, 100)):
+        real, emulated = (layer.run(level, (q, k, v), cuts) for level in ("amx", "amx_emulated"))
+        np.testing.assert_array_equal(real, emulated)
+
+
+@pytest.mark.parametrize(
+    ("level", "mode"),
+    [*itertools.product(LEVELS, ["bf16", "int4", "channel"]), *itertools.product(EMULATED, ["bf16"])],
+)
 def test_sequences_do_not_meet(level: str, mode: str) -> None:
     layer = Layer(6, 2, 32, mode=mode)
     native = layer.native(level)
@@ -265,8 +289,7 @@ def test_sequences_do_not_meet(level: str, mode: str) -> None:
             view.truncate(start)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("level", "mode"), LEVELS_AND_MODES)
 def test_a_value_that_is_no_number_stays_so(level: str, mode: str) -> None:
     layer = Layer(2, 2, 16, mode=mode)
     inputs = layer.inputs(200)
@@ -278,8 +301,7 @@ def test_a_value_that_is_no_number_stays_so(level: str, mode: str) -> None:
         assert np.isfinite(got[:, 16:]).all()
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("level", "mode"), LEVELS_AND_MODES)
 def test_keys_that_are_no_numbers_make_nothing_large(level: str, mode: str) -> None:
     layer = Layer(1, 1, 16, mode=mode)
     q, k, v = layer.inputs(200)

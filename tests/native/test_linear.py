@@ -14,6 +14,11 @@ from gristmill.formats import fp8, group_int, sparse24
 from gristmill.formats.packed import Packed, PackedSpec, decode
 
 LEVELS = _native.available_levels()
+# With matrix tiles, which are emulated where there are none.
+TILED = [
+    *(["amx_emulated"] if "avx512bf16" in LEVELS else []),
+    *(level for level in LEVELS if level == "amx"),
+]
 SHAPES = [(1, 1), (16, 32), (17, 40), (192, 576), (33, 100), (64, 1536)]
 FORMATS = {
     "f32": PackedSpec("f32", (1, 1)),
@@ -271,6 +276,67 @@ def test_codes_meet_bf16_rows_in_this_order(level: str, name: str) -> None:
         for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 24, 37):
             got = run(level, "bf16", case, np.ascontiguousarray(x[:rows]))
             np.testing.assert_array_equal(got, expected[:rows], err_msg=f"{n}x{k} {rows} rows")
+
+
+def meets_tiles_as_codes(spec: PackedSpec) -> bool:
+    """Whether tiles multiply a weight's codes, with scales per group, or its values rounded to bf16."""
+    return spec.group >= 64 and (spec.group % 32 == 0 or spec.groups == 1)
+
+
+def in_tile_order(x: NDArray[np.float32], packed: Packed) -> NDArray[np.float32]:
+    """As in_order, with the group's products in the order of TDPBF16PS."""
+    numbers, scales, mins = numbers_of(packed)
+    (n, k), group = packed.shape, packed.group
+    y = np.zeros((len(x), n), np.float32)
+    for g in range(packed.groups):
+        begin, end = g * group, min((g + 1) * group, k)
+        dot = np.zeros_like(y)
+        for step in range(begin, end, 32):
+            chains = np.zeros((2, len(x), n), np.float32)
+            for column in range(step, min(step + 32, end)):
+                chain = (column - step) % 4 // 2
+                chains[chain] = fma(x[:, None, column], numbers[None, :, column], chains[chain])
+            dot += chains[0] + chains[1]
+        y = fma(scales[None, :, g], dot, y)
+        if packed.spec.mins:
+            sums = np.zeros((len(x), 16), np.float32)
+            for c in range(begin, end):
+                sums[:, (c - begin) % 16] += x[:, c]
+            for half in (8, 4, 2, 1):
+                sums = sums[:, :half] + sums[:, half:]
+            y = fma(mins[None, :, g], sums, y)
+    return y
+
+
+@pytest.mark.parametrize("level", TILED)
+@pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if spec.format in INTEGER])
+def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -> None:
+    for n, k in [(100, 224), (33, 75), (16, 600), (65, 1056), (70, 64)]:
+        case = make(name, n, k)
+        if not meets_tiles_as_codes(case.packed.spec):
+            continue
+        x = np.random.default_rng(9).standard_normal((37, k)).astype(np.float32)
+        expected = in_tile_order(to_bf16(x), case.packed)
+        into = np.random.default_rng(5).standard_normal((37, n)).astype(np.float32)
+        bias = np.random.default_rng(6).standard_normal(n).astype(np.float32)
+        for rows in (1, 2, 15, 16, 17, 32, 37):
+            part = np.ascontiguousarray(x[:rows])
+            got = run(level, "bf16", case, part)
+            np.testing.assert_array_equal(got, expected[:rows], err_msg=f"{n}x{k} {rows} rows")
+            got = run(level, "bf16", case, part, bias=bias, into=into[:rows])
+            np.testing.assert_array_equal(got, into[:rows] + (expected[:rows] + bias))
+        some = run(level, "bf16", case, x, blocks=(1, 2))
+        np.testing.assert_array_equal(some[:, 16:32], expected[:, 16:32])
+        assert np.isnan(some[:, :16]).all()
+        assert np.isnan(some[:, 32:]).all()
+
+
+@pytest.mark.parametrize("level", TILED)
+def test_more_bf16_rows_than_a_panel_of_tiles(level: str) -> None:
+    case = make("q4_g128", 17, 1536)  # of which half a megabyte holds 160 rows
+    x = np.random.default_rng(10).standard_normal((333, 1536)).astype(np.float32)
+    expected = in_tile_order(to_bf16(x), case.packed)
+    np.testing.assert_array_equal(run(level, "bf16", case, x), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -269,6 +269,24 @@ struct AmxBf16Shape {
   int64_t scratch_bytes(int64_t rows) const { return steps * 2048 + panel(rows) * steps * 64; }
 };
 
+// How the AMX kernel cuts integer weights of large groups for bf16 rows.
+struct AmxCodesShape {
+  static constexpr int64_t kChunk = 256, kMostRows = 512;  // columns that are decoded at once; rows
+  int64_t steps, groups;
+
+  explicit AmxCodesShape(const Weight& w) : steps((w.kp + 31) / 32), groups(w.groups) {}
+  // Rows that are packed at once: half a megabyte.
+  int64_t panel(int64_t rows) const {
+    const int64_t fit = (int64_t{1} << 19) / (steps * 64 + 1) / 16 * 16;
+    const int64_t most = fit < 16 ? 16 : fit > kMostRows ? kMostRows : fit, all = (rows + 15) / 16 * 16;
+    return all < most ? all : most;
+  }
+  // Strips of four blocks; packed rows, with two sums for each output; sums of groups.
+  int64_t scratch_bytes(int64_t rows) const {
+    return 4 * kChunk * 32 + panel(rows) * (steps * 64 + 512) + rows * groups * 4;
+  }
+};
+
 // Rows of bf16 that meet integer weights at once where there are no tiles.
 constexpr int64_t kLinearPanelRows = 192;
 
@@ -282,6 +300,8 @@ inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
     const int64_t tiles = AmxShape(w).scratch_bytes(rows);
     if (sums > bytes) bytes = sums;
     if (tiles > bytes) bytes = tiles;
+    const int64_t numbers = AmxCodesShape(w).scratch_bytes(rows);
+    if (numbers > bytes) bytes = numbers;
   }
   const int64_t bf16 = AmxBf16Shape(w).scratch_bytes(rows);
   return (bf16 > bytes ? bf16 : bytes) + 256;
