@@ -27,6 +27,7 @@ namespace gm::GM_LEVEL {
 namespace {
 
 constexpr int64_t kBlocks = 4, kStep = 32, kChunk = AmxCodesShape::kChunk;
+constexpr int64_t kAhead = 2048;  // bytes of codes that are fetched ahead
 
 // Sixteen rows or fewer of one call.
 struct Rows {
@@ -51,15 +52,27 @@ void pack(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t
   }
 }
 
+template <int kWide>
+void zero(Tiles& tiles) {
+  tiles.template zero<0>();
+  if constexpr (kWide > 1) tiles.template zero<1>();
+  if constexpr (kWide > 2) tiles.template zero<2>();
+  if constexpr (kWide > 3) tiles.template zero<3>();
+}
+template <int kWide>
+void store(Tiles& tiles, float* dot) {
+  tiles.template store<0>(dot, 64);
+  if constexpr (kWide > 1) tiles.template store<1>(dot + 256, 64);
+  if constexpr (kWide > 2) tiles.template store<2>(dot + 512, 64);
+  if constexpr (kWide > 3) tiles.template store<3>(dot + 768, 64);
+}
+
 // dot of kWide blocks: their strips [steps][16 pairs][16 rows][2], kChunk columns apart.
 template <int kWide>
 void products(Tiles& tiles, const uint16_t* x, int64_t high, const uint16_t* strips, int64_t steps,
               bool first, float* dot) {
   if (first) {
-    tiles.template zero<0>();
-    if constexpr (kWide > 1) tiles.template zero<1>();
-    if constexpr (kWide > 2) tiles.template zero<2>();
-    if constexpr (kWide > 3) tiles.template zero<3>();
+    zero<kWide>(tiles);
   } else {
     tiles.template load<0>(dot, 64);
     if constexpr (kWide > 1) tiles.template load<1>(dot + 256, 64);
@@ -85,49 +98,123 @@ void products(Tiles& tiles, const uint16_t* x, int64_t high, const uint16_t* str
       tiles.template dot_bf16<3, 4, 5>();
     }
   }
-  tiles.template store<0>(dot, 64);
-  if constexpr (kWide > 1) tiles.template store<1>(dot + 256, 64);
-  if constexpr (kWide > 2) tiles.template store<2>(dot + 512, 64);
-  if constexpr (kWide > 3) tiles.template store<3>(dot + 768, 64);
+  store<kWide>(tiles, dot);
 }
 
 using ProductsOf = void (*)(Tiles&, const uint16_t*, int64_t, const uint16_t*, int64_t, bool, float*);
 constexpr ProductsOf kProducts[] = {products<1>, products<2>, products<3>, products<4>};
 
+// Columns [at, at + n) of a block, at most a step, and zeros up to a whole one.
+template <class Numbers>
+__attribute__((always_inline)) inline void decode_step(const Weight& w, const uint16_t* table, int64_t block,
+                                                       int64_t at, int64_t n, uint16_t* to) {
+  using Codes = typename Numbers::Codes;
+  const uint8_t* ahead = w.codes(block) + at / Codes::kColumns * Codes::kBytes + kAhead;
+  for (int64_t i = 0; i < kStep / Codes::kColumns * Codes::kBytes; i += 64) prefetch(ahead + i);
+  if (n == kStep) {
+    decode_numbers<Numbers>(w, table, block, at, kStep, to);
+  } else {
+    decode_numbers<Numbers>(w, table, block, at, n, to);
+    memset(to + n * 16, 0, static_cast<size_t>(kStep - n) * 32);
+  }
+}
+
+// y += the scaled sums of a group.
+template <int kWide>
+void add_group(const Weight& w, const Rows& x, int64_t block, int64_t group) {
+  for (int64_t b = 0; b < kWide; ++b) {
+    const int64_t at = ((block + b) * w.groups + group) * 16;
+    const vf scale = group_scale(w, at), low = group_min(w, at);
+    float *y = x.y + b * 256, *dot = x.dot + b * 256;
+    if (x.sums == nullptr) {
+      for (int64_t r = 0; r < x.rows; ++r) {
+        vf_store(y + r * 16, vf_fma(scale, vf_load(dot + r * 16), vf_load(y + r * 16)));
+      }
+      continue;
+    }
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const vf sum = vf_fma(scale, vf_load(dot + r * 16), vf_load(y + r * 16));
+      vf_store(y + r * 16, vf_fma(low, vf_set1(x.sums[r * w.groups + group]), sum));
+    }
+  }
+}
+
+// One tile of rows: a step is decoded while the one before is multiplied, and a group's sums are scaled while
+// the next one has begun. The two strips are a page and a half apart, lest a load seem to want what was just
+// stored in the other.
+template <class Numbers, int kWide>
+void run_few(Tiles& tiles, const Weight& w, const uint16_t* table, const Rows& x, int64_t high, int64_t block,
+             uint16_t* strips) {
+  constexpr int64_t kOne = kStep * 16, kOther = kBlocks * kOne + 1024;
+  const uint16_t* packed = x.packed;
+  const int64_t steps = (w.kp + kStep - 1) / kStep;
+  const auto width = [&](int64_t i) { return w.kp - i * kStep < kStep ? w.kp - i * kStep : kStep; };
+  for (int64_t b = 0; b < kWide; ++b) {
+    decode_step<Numbers>(w, table, block + b, 0, width(0), strips + b * kOne);
+  }
+  const int64_t group_steps = w.groups == 1 ? steps : w.group / kStep;
+  int64_t done = -1;  // the group whose sums wait for their scales
+  for (int64_t i = 0, g = 0, left = group_steps; i < steps; ++i) {
+    if (left == group_steps) zero<kWide>(tiles);
+    const uint16_t* from = strips + (i & 1) * kOther;
+    uint16_t* to = strips + (~i & 1) * kOther;
+    const int64_t at = (i + 1) * kStep, n = i + 1 < steps ? width(i + 1) : 0;
+    tiles.template load<4>(packed + i * high * kStep, 64);
+    tiles.template load<5>(from, 64);
+    tiles.template dot_bf16<0, 4, 5>();
+    if (n > 0) decode_step<Numbers>(w, table, block, at, n, to);
+    if constexpr (kWide > 1) {
+      tiles.template load<6>(from + kOne, 64);
+      tiles.template dot_bf16<1, 4, 6>();
+      if (n > 0) decode_step<Numbers>(w, table, block + 1, at, n, to + kOne);
+    }
+    if constexpr (kWide > 2) {
+      tiles.template load<7>(from + 2 * kOne, 64);
+      tiles.template dot_bf16<2, 4, 7>();
+      if (n > 0) decode_step<Numbers>(w, table, block + 2, at, n, to + 2 * kOne);
+    }
+    if constexpr (kWide > 3) {
+      tiles.template load<5>(from + 3 * kOne, 64);
+      tiles.template dot_bf16<3, 4, 5>();
+      if (n > 0) decode_step<Numbers>(w, table, block + 3, at, n, to + 3 * kOne);
+    }
+    if (done >= 0) add_group<kWide>(w, x, block, done);
+    done = -1;
+    if (--left > 0 && i + 1 < steps) continue;
+    store<kWide>(tiles, x.dot);
+    done = g++;
+    left = group_steps;
+  }
+  if (done >= 0) add_group<kWide>(w, x, block, done);
+}
+
+using AddGroup = void (*)(const Weight&, const Rows&, int64_t, int64_t);
+constexpr AddGroup kAddGroup[] = {add_group<1>, add_group<2>, add_group<3>, add_group<4>};
+
 template <class Numbers>
 void run_blocks(Tiles& tiles, const Weight& w, const uint16_t* table, const Rows* tile, int64_t tiles_of_rows,
                 int64_t high, int64_t block, int64_t blocks, uint16_t* strips) {
-  using Codes = typename Numbers::Codes;
   for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t columns = columns_of(w, g), scales = (block * w.groups + g) * 16;
+    const int64_t columns = columns_of(w, g);
     for (int64_t begin = 0; begin < columns; begin += kChunk) {
       const int64_t n = columns - begin < kChunk ? columns - begin : kChunk;
       const int64_t steps = (n + kStep - 1) / kStep, at = g * w.group + begin;
       for (int64_t b = 0; b < blocks; ++b) {
         uint16_t* strip = strips + b * kChunk * 16;
-        const uint8_t* ahead = w.codes(block + b) + at / Codes::kColumns * Codes::kBytes + 2048;
-        for (int64_t i = 0; i < n / Codes::kColumns * Codes::kBytes; i += 64) prefetch_far(ahead + i);
         decode_numbers<Numbers>(w, table, block + b, at, n, strip);
-        memset(strip + n * 16, 0, static_cast<size_t>(steps * kStep - n) * 32);
+        if (n < steps * kStep) memset(strip + n * 16, 0, static_cast<size_t>(steps * kStep - n) * 32);
       }
       for (int64_t t = 0; t < tiles_of_rows; ++t) {
         kProducts[blocks - 1](tiles, tile[t].packed + at / kStep * high * kStep, high, strips, steps,
                               begin == 0, tile[t].dot);
         if (begin + n < columns) continue;
-        for (int64_t b = 0; b < blocks; ++b) {
-          const vf scale = group_scale(w, scales + b * w.groups * 16);
-          const vf low = group_min(w, scales + b * w.groups * 16);
-          for (int64_t r = 0; r < tile[t].rows; ++r) {
-            float* y = tile[t].y + (b * 16 + r) * 16;
-            vf sum = vf_fma(scale, vf_load(tile[t].dot + (b * 16 + r) * 16), vf_load(y));
-            if (w.mins != nullptr) sum = vf_fma(low, vf_set1(tile[t].sums[r * w.groups + g]), sum);
-            vf_store(y, sum);
-          }
-        }
+        kAddGroup[blocks - 1](w, tile[t], block, g);
       }
     }
   }
 }
+
+using Few = void (*)(Tiles&, const Weight&, const uint16_t*, const Rows&, int64_t, int64_t, uint16_t*);
 
 template <class Numbers>
 void run(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
@@ -164,12 +251,18 @@ void run(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t 
       of.packed = packed + t * 16 * s.steps * kStep;
       of.y = y + t * kBlocks * 256;
       of.dot = dot + t * kBlocks * 256;
-      of.sums = sums + (p + t * 16) * w.groups;
+      of.sums = w.mins == nullptr ? nullptr : sums + (p + t * 16) * w.groups;
     }
     for (int64_t b = block_begin; b < block_end; b += kBlocks) {
       const int64_t blocks = block_end - b < kBlocks ? block_end - b : kBlocks;
       memset(y, 0, static_cast<size_t>(count * kBlocks) * 1024);
-      run_blocks<Numbers>(tiles, w, table, tile, count, high, b, blocks, strips);
+      if (count == 1) {
+        constexpr Few kFew[] = {run_few<Numbers, 1>, run_few<Numbers, 2>, run_few<Numbers, 3>,
+                                run_few<Numbers, 4>};
+        kFew[blocks - 1](tiles, w, table, tile[0], high, b, strips);
+      } else {
+        run_blocks<Numbers>(tiles, w, table, tile, count, high, b, blocks, strips);
+      }
       for (int64_t t = 0; t < count; ++t) {
         for (int64_t i = 0; i < blocks; ++i) {
           finish(tile[t].y + i * 256, p + t * 16, tile[t].rows, b + i, w.n, out);

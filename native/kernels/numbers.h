@@ -126,8 +126,9 @@ struct Rounded<PlaneCodes<4>> {
 
 // Columns from `begin` on, `n` of them, within one group, to [n / 2][16 rows][2]. `table` is what fill made.
 template <class Numbers>
-void decode_numbers(const Weight& w, const uint16_t* table, int64_t block, int64_t begin, int64_t n,
-                    uint16_t* to) {
+__attribute__((always_inline)) inline void decode_numbers(const Weight& w, const uint16_t* table,
+                                                          int64_t block, int64_t begin, int64_t n,
+                                                          uint16_t* to) {
   using Codes = typename Numbers::Codes;
   const Numbers numbers(w, table);
   const int64_t scales = (block * w.groups + begin / w.group) * 16;
