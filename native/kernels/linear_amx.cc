@@ -342,9 +342,15 @@ const uint16_t* to_bf16(const Weight& w, int64_t steps, int64_t block, uint16_t*
   return strip;
 }
 
+// Sixteen rows or fewer: where their first step begins, bytes between rows, numbers between steps.
+struct Bf16Tile {
+  const uint16_t* at;
+  int64_t stride, step;
+};
+
 // y: [2 tiles][2 blocks][16 rows][16 lanes]. kAhead: fetch weights that are read once, from memory.
 template <int kTiles, int kBlocks, bool kAhead>
-void compute_bf16(Tiles& tiles, const uint16_t* const* a, const uint16_t* const* b, int64_t steps, float* y) {
+void compute_bf16(Tiles& tiles, const Bf16Tile* a, const uint16_t* const* b, int64_t steps, float* y) {
   tiles.template zero<0>();
   if constexpr (kBlocks == 2) tiles.template zero<1>();
   if constexpr (kTiles == 2) tiles.template zero<2>();
@@ -356,7 +362,7 @@ void compute_bf16(Tiles& tiles, const uint16_t* const* a, const uint16_t* const*
         for (int j = 0; j < kBlocks; ++j) prefetch(b[j] + at + line + 2048);
       }
     }
-    tiles.template load<4>(a[0] + at, 64);
+    tiles.template load<4>(a[0].at + i * a[0].step, a[0].stride);
     tiles.template load<6>(b[0] + at, 64);
     tiles.template dot_bf16<0, 4, 6>();
     if constexpr (kBlocks == 2) {
@@ -364,7 +370,7 @@ void compute_bf16(Tiles& tiles, const uint16_t* const* a, const uint16_t* const*
       tiles.template dot_bf16<1, 4, 7>();
     }
     if constexpr (kTiles == 2) {
-      tiles.template load<5>(a[1] + at, 64);
+      tiles.template load<5>(a[1].at + i * a[1].step, a[1].stride);
       tiles.template dot_bf16<2, 5, 6>();
     }
     if constexpr (kTiles == 2 && kBlocks == 2) tiles.template dot_bf16<3, 5, 7>();
@@ -375,12 +381,26 @@ void compute_bf16(Tiles& tiles, const uint16_t* const* a, const uint16_t* const*
   if constexpr (kTiles == 2 && kBlocks == 2) tiles.template store<3>(y + 768, 64);
 }
 
-using ComputeBf16 = void (*)(Tiles&, const uint16_t* const*, const uint16_t* const*, int64_t, float*);
+using ComputeBf16 = void (*)(Tiles&, const Bf16Tile*, const uint16_t* const*, int64_t, float*);
 
 ComputeBf16 pick_bf16(int tiles, int blocks, bool ahead) {
   if (ahead) return blocks == 2 ? compute_bf16<1, 2, true> : compute_bf16<1, 1, true>;
   if (tiles == 2) return blocks == 2 ? compute_bf16<2, 2, false> : compute_bf16<2, 1, false>;
   return blocks == 2 ? compute_bf16<1, 2, false> : compute_bf16<1, 1, false>;
+}
+
+// `high` rows of which `rows` are there, as [step][high][32]. x ends at an even column at least, the weights'
+// padding meets zeros there.
+void pack_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t high, int64_t steps,
+               uint16_t* to) {
+  for (int64_t r = 0; r < high; ++r) {
+    for (int64_t i = 0; i < steps; ++i) {
+      const __mmask64 there = r < rows ? first_bytes((w.k + 1) / 2 * 4 - i * 64) : 0;
+      _mm512_storeu_si512(to + (i * high + r) * 32, there
+                                                        ? _mm512_maskz_loadu_epi8(there, x + r * ldx + i * 32)
+                                                        : _mm512_setzero_si512());
+    }
+  }
 }
 
 }  // namespace
@@ -393,9 +413,9 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
     return;
   }
   const AmxBf16Shape s(w);
-  const int64_t panel = s.panel(rows), tile = s.steps * 512;  // values of 16 rows, or of a block
+  const int64_t panel = s.panel(rows), tile_size = s.steps * 512;  // values of 16 rows, or of a block
   auto* strips = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-  uint16_t* packed = strips + 2 * tile;
+  uint16_t* packed = strips + 2 * tile_size;
   alignas(64) float y[4 * 256];
 
   // Fewer rows than a tile has make smaller tiles; of many, the last are filled with zeros.
@@ -408,24 +428,27 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
   for (int64_t p = 0; p < rows; p += panel) {
     const int64_t height = rows - p < panel ? rows - p : panel;
     const int64_t count = (height + 15) / 16;
-    // [tile][step][row][32]; x ends at an even column at least, the weights' padding meets zeros there.
-    for (int64_t r = 0; r < count * high; ++r) {
-      uint16_t* to = packed + r / high * tile + r % high * 32;
-      for (int64_t i = 0; i < s.steps; ++i) {
-        const __mmask64 there = r < height ? first_bytes((w.k + 1) / 2 * 4 - i * 64) : 0;
-        _mm512_storeu_si512(to + i * 512, there ? _mm512_maskz_loadu_epi8(there, x + (p + r) * ldx + i * 32)
-                                                : _mm512_setzero_si512());
+    // Tiles are loaded from the rows themselves where those are whole.
+    Bf16Tile tile[AmxBf16Shape::kMostTiles];
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t first = t * 16, there = height - first < high ? height - first : high;
+      const uint16_t* from = x + (p + first) * ldx;
+      if (w.k % 32 == 0 && there == high) {
+        tile[t] = {from, ldx * 2, 32};
+        continue;
       }
+      uint16_t* to = packed + t * tile_size;
+      pack_bf16(w, from, ldx, there, high, s.steps, to);
+      tile[t] = {to, 64, high * 32};
     }
     for (int64_t b = block_begin; b < block_end; b += 2) {
       const int blocks = block_end - b < 2 ? 1 : 2;
       const uint16_t* columns[2] = {};
-      for (int j = 0; j < blocks; ++j) columns[j] = to_bf16(w, s.steps, b + j, strips + j * tile);
+      for (int j = 0; j < blocks; ++j) columns[j] = to_bf16(w, s.steps, b + j, strips + j * tile_size);
       const bool ahead = count == 1 && columns[0] != strips;
       for (int64_t t = 0; t < count; t += 2) {
         const int used = count - t < 2 ? 1 : 2;
-        const uint16_t* a[2] = {packed + t * tile, packed + (t + 1) * tile};
-        pick_bf16(used, blocks, ahead)(tiles, a, columns, s.steps, y);
+        pick_bf16(used, blocks, ahead)(tiles, tile + t, columns, s.steps, y);
         for (int i = 0; i < used; ++i) {
           const int64_t first = (t + i) * 16, left = height - first < 16 ? height - first : 16;
           for (int j = 0; j < blocks; ++j) finish(y + (2 * i + j) * 256, p + first, left, b + j, w.n, out);

@@ -256,6 +256,7 @@ struct AmxShape {
 
 // How the AMX kernel cuts bf16: steps of 32 columns, filled with zeros.
 struct AmxBf16Shape {
+  static constexpr int64_t kMostTiles = 512;
   int64_t steps;
 
   explicit AmxBf16Shape(const Weight& w) : steps((w.kp + 31) / 32) {}
