@@ -649,7 +649,7 @@ struct Products {
   int64_t steps;
 };
 template <int kHigh, int kWide>
-inline void multiply(Tiles& tiles, const Products& x) {
+inline void tile_products(Tiles& tiles, const Products& x) {
   for (int64_t i = 0; i < x.steps; ++i) {
     tiles.template load<4>(x.a[0] + i * x.a_step, x.a_stride);
     tiles.template load<6>(x.b[0] + i * x.b_step, x.b_stride);
@@ -715,7 +715,7 @@ void tile_scores(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ah
     const int64_t b = c / kBlock;
     const uint16_t* q = w.q + r * w.hd;
     zero<kHigh, kWide>(tiles);
-    multiply<kHigh, kWide>(
+    tile_products<kHigh, kWide>(
         tiles,
         {{q, q + 16 * w.hd}, {w.k[b], w.k[b + kWide - 1]}, w.hd * 2, 64, step, step * kBlock, w.hd / step});
     store<kHigh, kWide>(tiles, w.s + r * kTile + c, kTile);
@@ -748,13 +748,13 @@ void tile_values(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ah
         {p, p + 16 * kTile}, {v, v + 32}, kTile * 2, hd * 4, step, step * hd, whole,
     };
     load<kHigh, kWide>(tiles, w.o + r * hd + c, hd);
-    multiply<kHigh, kWide>(tiles, x);
+    tile_products<kHigh, kWide>(tiles, x);
     if (left > 0) {
       for (int i = 0; i < 2; ++i) x.a[i] += whole * step;
       x.b[0] = end;
       x.b[1] = end + 32;
       x.steps = 1;
-      multiply<kHigh, kWide>(tiles, x);
+      tile_products<kHigh, kWide>(tiles, x);
     }
     store<kHigh, kWide>(tiles, w.o + r * hd + c, hd);
   });
@@ -999,7 +999,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
     w.v_scale_of = x.v_scale;
     w.v_base = x.v_base;
   }
-  Multiply<kMath> multiply(rows, hd);
+  Multiply<kMath> products(rows, hd);
   if (item.partial < 0) {
     for (int64_t r = 0; r < padded; ++r) x.total_m[r] = kMasked;
     memset(x.total_l, 0, static_cast<size_t>(padded) * 4);
@@ -1041,7 +1041,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
           }
         }
       }
-      multiply.scores(w, own, rows, item.partial >= 0);
+      products.scores(w, own, rows, item.partial >= 0);
       // Sixteen rows at a time, so that what is one number of a row is one vector of all.
       mask(a, item, tile, x.s);
       for (int64_t r0 = 0; r0 < rows; r0 += 16) {
@@ -1092,7 +1092,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
       if constexpr (codes(kMath)) {
         if (own > 0) in_tiles<kPlain, ValueTile>(plain, 0, own);
       }
-      multiply.values(w, own, rows, item.partial >= 0, x.edge);
+      products.values(w, own, rows, item.partial >= 0, x.edge);
     }
     if (item.partial >= 0) {
       for (int64_t r = 0; r < rows; ++r) {

@@ -433,7 +433,7 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
     for (int64_t t = 0; t < count; ++t) {
       const int64_t first = t * 16, there = height - first < high ? height - first : high;
       const uint16_t* from = x + (p + first) * ldx;
-      if (w.k % 32 == 0 && there == high) {
+      if (w.k % 32 == 0 && w.kp == w.k && there == high) {
         tile[t] = {from, ldx * 2, 32};
         continue;
       }

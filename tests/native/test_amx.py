@@ -48,6 +48,7 @@ FORMATS = [
     Format(8, 32, 0, mins=True),
     Format(8, 32, 128),
     Format(8, 64, 128),
+    Format(8, 72, 128),  # large, but no whole steps of 32 columns
     Format(8, 64, 255, mins=True),
     Format(8, 128, 128, wide=True, mins=True),
     Format(8, 0, 128, wide=True),
@@ -305,7 +306,7 @@ def test_bf16_in_the_order_of_the_tiles(level: str, format: Format) -> None:
     for n, k in [(33, 64), (17, 200), (16, 8), (48, 328)]:
         for ragged in {False, format.group > 0 and k % format.group != 0}:
             linear = Linear(n, k, format, ragged=ragged)
-            if linear.group >= 64:
+            if linear.group >= 64 and (linear.group % 32 == 0 or linear.groups == 1):
                 continue  # its codes are multiplied: test_linear.py
             x = rows(37, k)
             w = np.empty((n, k), np.float32)

@@ -325,10 +325,41 @@ def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -
             np.testing.assert_array_equal(got, expected[:rows], err_msg=f"{n}x{k} {rows} rows")
             got = run(level, "bf16", case, part, bias=bias, into=into[:rows])
             np.testing.assert_array_equal(got, into[:rows] + (expected[:rows] + bias))
+        top = np.abs(x).max(axis=1, keepdims=True)
+        values, scale = fp8.round_e4m3(x * (np.float32(448) / top)), top / np.float32(448)
+        got = run(level, "fp8", case, x, bias=bias, into=into)
+        np.testing.assert_array_equal(got, into + (in_tile_order(values, case.packed) * scale + bias))
+        if n <= 16:
+            continue
         some = run(level, "bf16", case, x, blocks=(1, 2))
         np.testing.assert_array_equal(some[:, 16:32], expected[:, 16:32])
         assert np.isnan(some[:, :16]).all()
         assert np.isnan(some[:, 32:]).all()
+
+
+@pytest.mark.parametrize("level", LEVELS + TILED[:1])
+@pytest.mark.parametrize(("bits", "group", "k"), [(4, 24, 32), (8, 40, 32), (4, 24, 160), (4, 64, 96)])
+def test_a_row_of_no_numbers_stays_alone(level: str, bits: int, group: int, k: int) -> None:
+    """Also where what is stored of a row ends behind its last column."""
+    rng = np.random.default_rng(4)
+    packed = group_int.pack(
+        rng.integers(0, 1 << bits, (20, k)).astype(np.uint8),
+        np.full((20, -(-k // group)), 0.1, np.float16),
+        bits=bits,
+        group=group,
+        offset=1 << (bits - 1),
+    )
+    spec = packed.spec
+    shape = (20, k, spec.columns, group, spec.groups, spec.offset, False, -1, False)
+    arrays = [packed.arrays[a].reshape(-1).view(np.uint8) for a in ("codes", "scales")]
+    case = Case(packed, (_native.Storage[f"INT{bits}"], *shape, *arrays, np.zeros(0, np.uint8)))
+    x = rng.standard_normal((33, k)).astype(np.float32)
+    whole = run(level, "bf16", case, x)
+    x[5], x[17] = np.nan, np.inf
+    got = run(level, "bf16", case, x)
+    others = [row for row in range(33) if row not in (5, 17)]
+    np.testing.assert_array_equal(got[others], whole[others])
+    assert not np.isfinite(got[[5, 17]]).any()
 
 
 @pytest.mark.parametrize("level", TILED)

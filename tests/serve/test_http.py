@@ -208,6 +208,13 @@ def test_a_full_queue_refuses_before_it_reads(path: str) -> None:
         assert answer.status_code == 429
         assert answer.json()["error"]["code"] == "queue_full"
         assert answer.headers["retry-after"] == "3"
+        # What could cut off its own answer is read first.
+        large = b"{ no JSON" + b" " * (3 << 20)
+        assert httpx.post(run.url + path, content=large, timeout=20).status_code == 400
+        waits = httpx.post(
+            run.url + path, content=b"{ no JSON", headers={"Expect": "100-continue"}, timeout=20
+        )
+        assert waits.status_code == 400
         run.engine.full = False
         assert httpx.post(run.url + path, content=b"{ no JSON", timeout=20).status_code == 400
 

@@ -276,10 +276,11 @@ struct AmxCodesShape {
   int64_t steps, groups;
 
   explicit AmxCodesShape(const Weight& w) : steps((w.kp + 31) / 32), groups(w.groups) {}
-  // Rows that are packed at once: half a megabyte.
+  // Rows that are packed at once: half a megabyte, but so many that decoding the weights takes less than
+  // they.
   int64_t panel(int64_t rows) const {
-    const int64_t fit = (int64_t{1} << 19) / (steps * 64 + 1) / 16 * 16;
-    const int64_t most = fit < 16 ? 16 : fit > kMostRows ? kMostRows : fit, all = (rows + 15) / 16 * 16;
+    const int64_t fit = (int64_t{1} << 19) / (steps * 64) / 16 * 16;
+    const int64_t most = fit < 64 ? 64 : fit > kMostRows ? kMostRows : fit, all = (rows + 15) / 16 * 16;
     return all < most ? all : most;
   }
   // Strips of four blocks; packed rows, with two sums for each output; sums of groups.

@@ -207,8 +207,8 @@ class Draft:
 def give_memory_back() -> None:
     """Hands memory that was freed back to the system, where the C library can (glibc).
 
-    Arrays of some megabytes come and go between smaller ones that stay, and by itself it keeps the gaps: of
-    this model 0.8 GB.
+    Arrays of some megabytes come and go between smaller ones that stay, and by itself it keeps the gaps:
+    0.8 GB after GPTQ of a model of 135 M weights.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -411,8 +411,7 @@ class _Handlers:
         from gristmill.serve.tools import check_tools, constraint_for, for_template
 
         server = self._server
-        # Before the body is read: under overload, refusing is most of what is done.
-        server.ready_engine().check_room()
+        _refuse_early(server.ready_engine(), scope)
         request = await self._read(ChatRequest, receive)
         began = time.monotonic()
         if not server.chat:
@@ -470,7 +469,7 @@ class _Handlers:
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/completions."""
         server = self._server
-        server.ready_engine().check_room()
+        _refuse_early(server.ready_engine(), scope)
         request = await self._read(CompletionRequest, receive)
         began = time.monotonic()
         assert server.texts is not None
@@ -820,6 +819,22 @@ class _Handlers:
         if len(found) > 1:
             raise ApiError(400, "only one constraint on the output can be given", param="response_format")
         return found[0] if found else None
+
+
+_UNREAD_BYTES = 1 << 18
+"""Of a body that is refused unread: the connection survives that it still comes."""
+
+
+def _refuse_early(engine: ServedEngine, scope: Scope) -> None:
+    """Refuses what finds no room before its body is read: under overload, that is most of what is done.
+
+    Large bodies, those of unknown size and those that wait to be asked for are read first: the answer to
+    them could be lost with the connection. Raises QueueFull.
+    """
+    headers = dict(scope["headers"])
+    size = headers.get(b"content-length", b"")
+    if b"expect" not in headers and size.isdigit() and len(size) < 10 and int(size) <= _UNREAD_BYTES:
+        engine.check_room()
 
 
 def _text_bytes(value: Any) -> int:
