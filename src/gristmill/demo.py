@@ -131,7 +131,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         modes, decode = speed["modes"], speed["decode"][0]
         result.add_row(
             row["weights"],
-            modes["arithmetic"],
+            modes["arithmetic"].partition(" ")[0] + ("*" if _two_arithmetics(row) else ""),
             f"{modes['bits_per_weight']:.2f}",
             f"{speed['weight_bytes'] / 1e6:,.0f}",
             f"{speed['prefill'][0]['tokens_per_s']:,.0f}",
@@ -144,11 +144,17 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
+def _two_arithmetics(row: dict[str, Any]) -> bool:
+    modes = row["speed"]["modes"]
+    return bool(modes["prompt_activations"] != modes["activations"])
+
+
 def notes(rows: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers are of."""
     speed, quality = rows[0]["speed"], rows[0]["quality"]
     prompt, decode = speed["prefill"][0], speed["decode"][0]
-    return (
+    prompts = {row["speed"]["modes"]["prompt_activations"] for row in rows if _two_arithmetics(row)}
+    return "".join(f"*: prompts in {name}. " for name in sorted(prompts)) + (
         f"Prefill of {prompt['tokens']} tokens; decode at batch 1 after {decode['context']}; KV "
         f"{speed['modes']['kv_dtype']}; medians of {speed['repeats']}. Roofline: the step's bytes over "
         f"the read bandwidth of this process. KL and top-1 against the base (f32, exact; perplexity "

@@ -189,7 +189,7 @@ def test_kv_formats_round_as_the_native_ones(tmp_path: Path, name: str, kv_dtype
     lost = models.relative_error(expected, exact)
     assert (lost > 1e-5) == (kv_dtype != "f32")
     # A number on the edge between two codes may fall either way.
-    assert models.relative_error(found, expected) < 1e-5 + 0.1 * lost
+    assert models.relative_error(found, expected) < 1e-5 + 0.2 * lost
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -263,7 +263,9 @@ def test_a_conversation_finds_its_earlier_turns(serve: Callable[..., Served], ki
         cached.append(result.cached_tokens)
         ids = ids + result.token_ids + models.tokens(20, vocab, seed=turn).tolist()
     assert cached[0] == 0
-    assert cached == sorted(set(cached)), "each turn finds more than the one before"
+    # Where prompts have an arithmetic of their own, an answer that is read anew is not what is cached.
+    apart = served.model.executor.prompt_activations != served.model.executor.activations
+    assert cached == sorted(cached if apart else set(cached)), "each turn finds more than the one before"
     assert cached[-1] > 330
 
 

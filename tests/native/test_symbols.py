@@ -170,8 +170,11 @@ def test_the_instruction_check_can_fail() -> None:
 @needs_x86
 @needs_objdump
 def test_tiles_are_used_and_released() -> None:
-    (path,) = objects("gm_kernels_amx")
-    mnemonics = {text.split(" ")[0] for text in instructions(path)}
+    found = {path.name.partition(".")[0]: instructions(path) for path in objects("gm_kernels_amx")}
+    assert set(found) == {"linear_amx", "linear_amx_codes", "attention"}
+    for name, texts in found.items():
+        assert {"ldtilecfg", "tdpbf16ps", "tilerelease"} <= {text.split(" ")[0] for text in texts}, name
+    mnemonics = {text.split(" ")[0] for text in found["linear_amx"]}
     assert {
         "ldtilecfg",
         "tileloadd",
@@ -182,4 +185,4 @@ def test_tiles_are_used_and_released() -> None:
         "tilerelease",
     } <= mnemonics
     # Destination, rows, codes: AT&T order is reversed.
-    assert "tdpbsud %tmm6,%tmm4,%tmm0" in instructions(path)
+    assert "tdpbsud %tmm6,%tmm4,%tmm0" in found["linear_amx"]
