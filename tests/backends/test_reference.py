@@ -181,7 +181,8 @@ def test_kv_formats_round_as_the_native_ones(tmp_path: Path, name: str, kv_dtype
     path = tmp_path / "checkpoint"
     path.mkdir()
     convert.import_huggingface(source, path)
-    ids = models.tokens(150, 272)
+    # Which numbers are on an edge depends on how PyTorch sums on the processor: with these ids few are.
+    ids = models.tokens(150, 272, seed=1)
     with closing(NativeExecutor.load(path, activations="exact", kv_dtype=kv_dtype, threads=2)) as native:
         found = models.logits(native, ids, [90, *[1] * 60], 90)
     exact = models.logits(ReferenceExecutor.load(path), ids, [150])
@@ -189,7 +190,7 @@ def test_kv_formats_round_as_the_native_ones(tmp_path: Path, name: str, kv_dtype
     lost = models.relative_error(expected, exact)
     assert (lost > 1e-5) == (kv_dtype != "f32")
     # A number on the edge between two codes may fall either way.
-    assert models.relative_error(found, expected) < 1e-5 + 0.2 * lost
+    assert models.relative_error(found, expected) < 1e-5 + 0.1 * lost
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -255,17 +255,22 @@ def test_a_conversation_finds_its_earlier_turns(serve: Callable[..., Served], ki
     served = serve(kind)
     vocab = served.model.executor.vocab_size
     ids = models.tokens(330, vocab).tolist()
-    cached = []
+    cached, lengths = [], []
     for turn in range(4):
         params = SamplingParams(max_tokens=30, ignore_eos=True)
+        lengths.append(len(ids))
         result = served.together([Request(ids, params, f"t{turn}")])[0][0]
         assert result.token_ids == served.alone(ids, params)
         cached.append(result.cached_tokens)
         ids = ids + result.token_ids + models.tokens(20, vocab, seed=turn).tolist()
     assert cached[0] == 0
-    # Where prompts have an arithmetic of their own, an answer that is read anew is not what is cached.
-    apart = served.model.executor.prompt_activations != served.model.executor.activations
-    assert cached == sorted(cached if apart else set(cached)), "each turn finds more than the one before"
+    executor = served.model.executor
+    if kind == "int4-channel" and executor.prompt_activations != executor.activations:
+        # Where prompts have an arithmetic of their own, an answer that is read anew is not what is cached;
+        # the prompt before is, as far as it fills groups of 64 tokens.
+        assert cached[1:] == [length // 64 * 64 for length in lengths[:-1]]
+    else:
+        assert cached == sorted(set(cached)), "each turn finds more than the one before"
     assert cached[-1] > 330
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -243,23 +244,44 @@ def fma(a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]) 
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
-def in_order(x: NDArray[np.float32], packed: Packed) -> NDArray[np.float32]:
+def one_chain(x: NDArray[np.float32], numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x [rows, K] times numbers [N, K] of one group: of every four columns 2, 0, 3, 1."""
+    dot = np.zeros((len(x), len(numbers)), np.float32)
+    for c in range(0, x.shape[1], 4):
+        for column in (c + 2, c, c + 3, c + 1):
+            if column < x.shape[1]:
+                dot = fma(x[:, None, column], numbers[None, :, column], dot)
+    return dot
+
+
+def steps_of_tiles(x: NDArray[np.float32], numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same as TDPBF16PS sums: two chains in 32 columns, of every four columns 0 and 1, and 2 and 3."""
+    dot = np.zeros((len(x), len(numbers)), np.float32)
+    for step in range(0, x.shape[1], 32):
+        chains = np.zeros((2, *dot.shape), np.float32)
+        for column in range(step, min(step + 32, x.shape[1])):
+            chain = column % 4 // 2
+            chains[chain] = fma(x[:, None, column], numbers[None, :, column], chains[chain])
+        dot += chains[0] + chains[1]
+    return dot
+
+
+def in_order(
+    x: NDArray[np.float32],
+    packed: Packed,
+    dot_of: Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]] = one_chain,
+) -> NDArray[np.float32]:
     """x [rows, K], bf16 values, times integer weights: docs/arithmetic.md, written plainly."""
     numbers, scales, mins = numbers_of(packed)
     (n, k), group = packed.shape, packed.group
     y = np.zeros((len(x), n), np.float32)
     for g in range(packed.groups):
-        begin, end = g * group, min((g + 1) * group, k)
-        dot = np.zeros_like(y)
-        for c in range(begin, end, 4):
-            for column in (c + 2, c, c + 3, c + 1):
-                if column < k:
-                    dot = fma(x[:, None, column], numbers[None, :, column], dot)
-        y = fma(scales[None, :, g], dot, y)
+        columns = slice(g * group, min((g + 1) * group, k))
+        y = fma(scales[None, :, g], dot_of(x[:, columns], numbers[:, columns]), y)
         if packed.spec.mins:
             chains = np.zeros((len(x), 16), np.float32)
-            for c in range(begin, end):
-                chains[:, (c - begin) % 16] += x[:, c]
+            for c in range(columns.start, columns.stop):
+                chains[:, (c - columns.start) % 16] += x[:, c]
             for half in (8, 4, 2, 1):
                 chains = chains[:, :half] + chains[:, half:]
             y = fma(mins[None, :, g], chains, y)
@@ -283,31 +305,6 @@ def meets_tiles_as_codes(spec: PackedSpec) -> bool:
     return spec.group >= 64 and (spec.group % 32 == 0 or spec.groups == 1)
 
 
-def in_tile_order(x: NDArray[np.float32], packed: Packed) -> NDArray[np.float32]:
-    """As in_order, with the group's products in the order of TDPBF16PS."""
-    numbers, scales, mins = numbers_of(packed)
-    (n, k), group = packed.shape, packed.group
-    y = np.zeros((len(x), n), np.float32)
-    for g in range(packed.groups):
-        begin, end = g * group, min((g + 1) * group, k)
-        dot = np.zeros_like(y)
-        for step in range(begin, end, 32):
-            chains = np.zeros((2, len(x), n), np.float32)
-            for column in range(step, min(step + 32, end)):
-                chain = (column - step) % 4 // 2
-                chains[chain] = fma(x[:, None, column], numbers[None, :, column], chains[chain])
-            dot += chains[0] + chains[1]
-        y = fma(scales[None, :, g], dot, y)
-        if packed.spec.mins:
-            sums = np.zeros((len(x), 16), np.float32)
-            for c in range(begin, end):
-                sums[:, (c - begin) % 16] += x[:, c]
-            for half in (8, 4, 2, 1):
-                sums = sums[:, :half] + sums[:, half:]
-            y = fma(mins[None, :, g], sums, y)
-    return y
-
-
 @pytest.mark.parametrize("level", TILED)
 @pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if spec.format in INTEGER])
 def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -> None:
@@ -316,7 +313,7 @@ def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -
         if not meets_tiles_as_codes(case.packed.spec):
             continue
         x = np.random.default_rng(9).standard_normal((37, k)).astype(np.float32)
-        expected = in_tile_order(to_bf16(x), case.packed)
+        expected = in_order(to_bf16(x), case.packed, steps_of_tiles)
         into = np.random.default_rng(5).standard_normal((37, n)).astype(np.float32)
         bias = np.random.default_rng(6).standard_normal(n).astype(np.float32)
         for rows in (1, 2, 15, 16, 17, 32, 37):
@@ -328,7 +325,9 @@ def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -
         top = np.abs(x).max(axis=1, keepdims=True)
         values, scale = fp8.round_e4m3(x * (np.float32(448) / top)), top / np.float32(448)
         got = run(level, "fp8", case, x, bias=bias, into=into)
-        np.testing.assert_array_equal(got, into + (in_tile_order(values, case.packed) * scale + bias))
+        np.testing.assert_array_equal(
+            got, into + (in_order(values, case.packed, steps_of_tiles) * scale + bias)
+        )
         if n <= 16:
             continue
         some = run(level, "bf16", case, x, blocks=(1, 2))
@@ -366,7 +365,7 @@ def test_a_row_of_no_numbers_stays_alone(level: str, bits: int, group: int, k: i
 def test_more_bf16_rows_than_a_panel_of_tiles(level: str) -> None:
     case = make("q4_g128", 17, 1536)  # of which half a megabyte holds 160 rows
     x = np.random.default_rng(10).standard_normal((333, 1536)).astype(np.float32)
-    expected = in_tile_order(to_bf16(x), case.packed)
+    expected = in_order(to_bf16(x), case.packed, steps_of_tiles)
     np.testing.assert_array_equal(run(level, "bf16", case, x), expected)
 
 
