@@ -417,7 +417,8 @@ struct Work {
   const uint16_t* v_scale[4];
   const Stored* k_ahead[4];  // a tile to come, fetched line by line while this one is worked on
   const Stored* v_ahead[4];
-  int64_t keys;  // keys to look at, from the tile's first on
+  int64_t ahead;  // keys there, 0 without one
+  int64_t keys;   // keys to look at, from the tile's first on
   int64_t hd;
   int64_t group;   // dimensions per scale, hd without scales
   const Query* q;  // [rows][hd]
@@ -641,6 +642,25 @@ TileConfig tile_config(int64_t rows, int64_t step) {
   return config;
 }
 
+// Memory to fetch while other memory is worked on, some lines with each tile: many at once would wait for each
+// other, and the products with them.
+class Ahead {
+ public:
+  Ahead(const void* at, int64_t bytes) : at_(static_cast<const char*>(at)), end_(at_ + bytes) {}
+  void fetch() {
+    if (at_ == end_) return;
+    const char* end = at_ + least(kBytes, end_ - at_);
+    for (; at_ < end; at_ += 64) prefetch_far(at_);
+  }
+  void fetch_all() {
+    while (at_ < end_) fetch();
+  }
+
+ private:
+  static constexpr int64_t kBytes = 1024;  // of a tile
+  const char *at_, *end_;
+};
+
 // c(i, j) += a(i) b(j) over the steps; i < kHigh tiles of rows, j < kWide of columns. Strides in bytes.
 struct Products {
   const uint16_t *a[2], *b[2];
@@ -649,12 +669,14 @@ struct Products {
   int64_t steps;
 };
 template <int kHigh, int kWide>
-inline void tile_products(Tiles& tiles, const Products& x) {
+inline void tile_products(Tiles& tiles, const Products& x, Ahead& ahead) {
   for (int64_t i = 0; i < x.steps; ++i) {
     tiles.template load<4>(x.a[0] + i * x.a_step, x.a_stride);
+    ahead.fetch();
     tiles.template load<6>(x.b[0] + i * x.b_step, x.b_stride);
     tiles.template dot_bf16<0, 4, 6>();
     if constexpr (kWide == 2) {
+      ahead.fetch();
       tiles.template load<7>(x.b[1] + i * x.b_step, x.b_stride);
       tiles.template dot_bf16<1, 4, 7>();
     }
@@ -704,33 +726,27 @@ void in_squares(int64_t rows, int64_t columns, Fn fn) {
 }
 
 // s = q k, not scaled yet.
-void tile_scores(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ahead) {
+void tile_scores(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows) {
   const int64_t step = tile_step(w.hd), blocks = (w.keys + kBlock - 1) / kBlock;
-  if (ahead) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t at = 0; at < kBlock * w.hd; at += 32) prefetch_far(w.k_ahead[b] + at);
-    }
-  }
+  Ahead ahead(w.k_ahead[0], w.ahead * w.hd * 2);
   in_squares(rows, blocks * kBlock, [&]<int kHigh, int kWide>(int64_t r, int64_t c) {
     const int64_t b = c / kBlock;
     const uint16_t* q = w.q + r * w.hd;
     zero<kHigh, kWide>(tiles);
     tile_products<kHigh, kWide>(
         tiles,
-        {{q, q + 16 * w.hd}, {w.k[b], w.k[b + kWide - 1]}, w.hd * 2, 64, step, step * kBlock, w.hd / step});
+        {{q, q + 16 * w.hd}, {w.k[b], w.k[b + kWide - 1]}, w.hd * 2, 64, step, step * kBlock, w.hd / step},
+        ahead);
     store<kHigh, kWide>(tiles, w.s + r * kTile + c, kTile);
   });
+  ahead.fetch_all();
 }
 
 // o = o * factor + p v. The blocks of a tile lie one after the other; `edge` takes the step that the last
 // keys do not fill, [step / 2][hd][2].
-void tile_values(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ahead, uint16_t* edge) {
+void tile_values(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, uint16_t* edge) {
   const int64_t hd = w.hd, step = tile_step(hd), whole = w.keys / step, left = w.keys - whole * step;
-  if (ahead) {
-    for (int64_t b = 0; b * kBlock < w.keys; ++b) {
-      for (int64_t at = 0; at < kBlock * hd; at += 32) prefetch_far(w.v_ahead[b] + at);
-    }
-  }
+  Ahead ahead(w.v_ahead[0], w.ahead * hd * 2);
   if (left > 0) {
     const size_t there = static_cast<size_t>((left + 1) / 2 * hd) * 4;
     memcpy(edge, w.v[0] + whole * step * hd, there);
@@ -748,16 +764,17 @@ void tile_values(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, bool ah
         {p, p + 16 * kTile}, {v, v + 32}, kTile * 2, hd * 4, step, step * hd, whole,
     };
     load<kHigh, kWide>(tiles, w.o + r * hd + c, hd);
-    tile_products<kHigh, kWide>(tiles, x);
+    tile_products<kHigh, kWide>(tiles, x, ahead);
     if (left > 0) {
       for (int i = 0; i < 2; ++i) x.a[i] += whole * step;
       x.b[0] = end;
       x.b[1] = end + 32;
       x.steps = 1;
-      tile_products<kHigh, kWide>(tiles, x);
+      tile_products<kHigh, kWide>(tiles, x, ahead);
     }
     store<kHigh, kWide>(tiles, w.o + r * hd + c, hd);
   });
+  ahead.fetch_all();
 }
 #else
 constexpr bool kHasTiles = false;
@@ -768,10 +785,10 @@ template <Math kMath>
 struct Multiply {
   static constexpr bool kScales = true;  // whether scores have their scale
   Multiply(int64_t, int64_t) {}
-  void scores(const Work<kMath>& w, int64_t begin, int64_t rows, bool) {
+  void scores(const Work<kMath>& w, int64_t begin, int64_t rows) {
     in_tiles<kMath, ScoreTile>(w, begin, rows);
   }
-  void values(const Work<kMath>& w, int64_t begin, int64_t rows, bool, uint16_t*) {
+  void values(const Work<kMath>& w, int64_t begin, int64_t rows, uint16_t*) {
     in_tiles<kMath, ValueTile>(w, begin, rows);
   }
 };
@@ -781,11 +798,11 @@ struct Multiply<Math::kBf16> {
   static constexpr bool kScales = false;
   Tiles tiles;
   Multiply(int64_t rows, int64_t hd) : tiles(tile_config(rows, tile_step(hd))) {}
-  void scores(const Work<Math::kBf16>& w, int64_t, int64_t rows, bool ahead) {
-    tile_scores(tiles, w, rows, ahead);
+  void scores(const Work<Math::kBf16>& w, int64_t, int64_t rows) {
+    tile_scores(tiles, w, rows);
   }
-  void values(const Work<Math::kBf16>& w, int64_t, int64_t rows, bool ahead, uint16_t* edge) {
-    tile_values(tiles, w, rows, ahead, edge);
+  void values(const Work<Math::kBf16>& w, int64_t, int64_t rows, uint16_t* edge) {
+    tile_values(tiles, w, rows, edge);
   }
 };
 #endif
@@ -894,9 +911,11 @@ void point_ahead(const AttentionArgs& a, const Item& item, const Item* next, int
     w.k_ahead[b] = w.k[b];
     w.v_ahead[b] = w.v[b];
   }
+  w.ahead = 0;
   if (item.partial < 0 || of == nullptr) return;
   const int64_t begin = span_from(a, *of, of->span_begin), to = span_to(*of, of->span_begin);
   const int64_t from = begin + least(n, (to - begin - 1) / kTile) * kTile;
+  w.ahead = least(kTile, to - from);
   for (int64_t b = 0; b * kBlock < w.keys && from + b * kBlock < to; ++b) {
     const int64_t at = of->sequence->kv.tile_at(from + b * kBlock, of->kv_head);
     w.k_ahead[b] = reinterpret_cast<const Stored*>(of->sequence->kv.k + at);
@@ -1041,7 +1060,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
           }
         }
       }
-      products.scores(w, own, rows, item.partial >= 0);
+      products.scores(w, own, rows);
       // Sixteen rows at a time, so that what is one number of a row is one vector of all.
       mask(a, item, tile, x.s);
       for (int64_t r0 = 0; r0 < rows; r0 += 16) {
@@ -1092,7 +1111,7 @@ void run_item(const AttentionArgs& a, const Item& item, const Item* next, void* 
       if constexpr (codes(kMath)) {
         if (own > 0) in_tiles<kPlain, ValueTile>(plain, 0, own);
       }
-      products.values(w, own, rows, item.partial >= 0, x.edge);
+      products.values(w, own, rows, x.edge);
     }
     if (item.partial >= 0) {
       for (int64_t r = 0; r < rows; ++r) {
