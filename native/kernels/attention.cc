@@ -23,6 +23,7 @@
 // With matrix tiles (level amx) bf16 queries and probabilities meet bf16 keys and values in tiles of at most
 // 16 rows: of 32 dimensions for a score, of 32 tokens for an output (16 where 32 does not divide the head),
 // in the order of sums of TDPBF16PS.
+#include "ahead.h"
 #include "kernels.h"
 #include "vec/vec.h"
 #ifdef GM_TILES
@@ -642,25 +643,6 @@ TileConfig tile_config(int64_t rows, int64_t step) {
   return config;
 }
 
-// Memory to fetch while other memory is worked on, some lines with each tile: many at once would wait for each
-// other, and the products with them.
-class Ahead {
- public:
-  Ahead(const void* at, int64_t bytes) : at_(static_cast<const char*>(at)), end_(at_ + bytes) {}
-  void fetch() {
-    if (at_ == end_) return;
-    const char* end = at_ + least(kBytes, end_ - at_);
-    for (; at_ < end; at_ += 64) prefetch_far(at_);
-  }
-  void fetch_all() {
-    while (at_ < end_) fetch();
-  }
-
- private:
-  static constexpr int64_t kBytes = 1024;  // of a tile
-  const char *at_, *end_;
-};
-
 // c(i, j) += a(i) b(j) over the steps; i < kHigh tiles of rows, j < kWide of columns. Strides in bytes.
 struct Products {
   const uint16_t *a[2], *b[2];
@@ -728,7 +710,7 @@ void in_squares(int64_t rows, int64_t columns, Fn fn) {
 // s = q k, not scaled yet.
 void tile_scores(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows) {
   const int64_t step = tile_step(w.hd), blocks = (w.keys + kBlock - 1) / kBlock;
-  Ahead ahead(w.k_ahead[0], w.ahead * w.hd * 2);
+  Ahead ahead(w.k_ahead[0], w.ahead * w.hd * 2, kTile / kBlock * w.hd / step);
   in_squares(rows, blocks * kBlock, [&]<int kHigh, int kWide>(int64_t r, int64_t c) {
     const int64_t b = c / kBlock;
     const uint16_t* q = w.q + r * w.hd;
@@ -746,7 +728,7 @@ void tile_scores(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows) {
 // keys do not fill, [step / 2][hd][2].
 void tile_values(Tiles& tiles, const Work<Math::kBf16>& w, int64_t rows, uint16_t* edge) {
   const int64_t hd = w.hd, step = tile_step(hd), whole = w.keys / step, left = w.keys - whole * step;
-  Ahead ahead(w.v_ahead[0], w.ahead * hd * 2);
+  Ahead ahead(w.v_ahead[0], w.ahead * hd * 2, kTile / step * hd / 16);
   if (left > 0) {
     const size_t there = static_cast<size_t>((left + 1) / 2 * hd) * 4;
     memcpy(edge, w.v[0] + whole * step * hd, there);
@@ -798,9 +780,7 @@ struct Multiply<Math::kBf16> {
   static constexpr bool kScales = false;
   Tiles tiles;
   Multiply(int64_t rows, int64_t hd) : tiles(tile_config(rows, tile_step(hd))) {}
-  void scores(const Work<Math::kBf16>& w, int64_t, int64_t rows) {
-    tile_scores(tiles, w, rows);
-  }
+  void scores(const Work<Math::kBf16>& w, int64_t, int64_t rows) { tile_scores(tiles, w, rows); }
   void values(const Work<Math::kBf16>& w, int64_t, int64_t rows, uint16_t* edge) {
     tile_values(tiles, w, rows, edge);
   }

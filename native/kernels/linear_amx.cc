@@ -5,22 +5,18 @@
 // then, groups ascending, y = fma(float(dot), w_scale * x_scale, y) and y = fma(w_min, x_sum, y).
 //
 // Schedule. A panel of rows is packed into tiles of 16 rows, as many rows as fill about half of the L2 cache.
-// For every pair of blocks (32 output rows) the codes are decoded once into a strip of bytes, and 32 x 32
-// outputs at a time are computed over all groups: four accumulators c(i,j) in tiles 0-3, two tiles of rows in
-// 4-5 and two of codes in 6-7. A step is at most 64 columns, so that a tile load feeds two products:
+// A unit of work is one block (16 output rows), a chunk of its groups (about 256 columns) and one tile of
+// rows. Its codes are decoded into a strip of bytes, once for all tiles of rows; its dots, one product of
+// tiles per step of at most 64 columns, are stored; and a unit later they are scaled and added, with the sums
+// of its 16 x 16 outputs in registers. So three units are in work at a time, and none waits for another: not
+// the vector units for the tiles, nor decoding for memory, which is asked for two chunks before.
 //
-//     load a0, b0; c00 += a0 b0; load b1; c01 += a0 b1; load a1; c10 += a1 b0; c11 += a1 b1
-//
-// After each group the four accumulators are stored, and the products of the next group are issued before the
-// float32 part of this one, so that the tile unit and the vector units work at the same time.
-//
-// Expected, per core, by counting against the published rates (a product of full tiles every 16 cycles, two
-// 64-byte loads and two 512-bit operations per cycle): four products of 64 columns are 65,536 multiply-adds
-// in 64 cycles, 1024 per cycle. The float32 part of one group of 32 x 32 outputs is 64 times (convert,
-// multiply, fma; load dot, scale and sum; store sum): 96 cycles of arithmetic, 96 of loads. With the tile
-// loads on the same ports a group takes about 120 cycles (groups of 32: 32,768 multiply-adds, 270 per cycle)
-// to 130 (groups of 64: 500 per cycle), against 93 and 108 of the VNNI kernel: groups that small are bound by
-// scales, not by tiles. Whole-row groups come near 1024. These are counts, not measurements.
+// By the published rates (a product of full tiles every 16 cycles, two 512-bit operations and two loads per
+// cycle, one store) a block and 16 rows take, in groups of 32 columns, 48 operations of arithmetic and 17 for
+// decoding int4, 56 loads, 24 stores: at least 35 cycles, and 88 in the VNNI kernel. On a Xeon of the fifth
+// generation whose other threads were idle, weights in its caches, they took 97 of 64 rows and 125 of 16,
+// where a step of load, load, product and store took 29 by itself; the VNNI kernel 132 and 135. Larger groups
+// come near 16 cycles a step.
 //
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.
@@ -30,6 +26,7 @@
 
 #include <immintrin.h>
 
+#include "ahead.h"
 #include "codes.h"
 #include "gristmill/kernel.h"
 #include "kernels.h"
@@ -56,16 +53,17 @@ struct alignas(64) Side {
 };
 static_assert(sizeof(Side) == kAmxSideBytes * 16);
 
-// 32 x 32 outputs or fewer.
-struct Job {
-  const int8_t* a[2];     // packed rows
-  const Side* side[2];    // [groups]
-  const uint8_t* b[2];    // strips
-  const char* scales[2];  // of the block
-  const char* mins[2];
-  int64_t rows[2];
-  int64_t groups, steps, step;
-  bool wide;
+// One block, a chunk of groups, one tile of rows; pointers are to the chunk's first group.
+struct Unit {
+  const int8_t* a;   // packed rows
+  const uint8_t* b;  // strip
+  const Side* side;
+  const char *scales, *mins;
+  int32_t* dots;       // [groups][16 rows][16 lanes]
+  float* y;            // [16 rows][16 lanes]
+  int64_t groups = 0;  // 0: nothing to do
+  int64_t block, tile;
+  bool first, last;  // of the block's chunks
 };
 
 inline vf load_scale(const char* p, int64_t group, bool wide) {
@@ -97,13 +95,15 @@ void pack(const Weight& w, const AmxShape& s, const Int8Rows& x, int64_t first, 
   }
 }
 
-// The codes of a block less `shift`, as [groups][steps][step / 4][16 lanes][4]. The columns that fill a step
-// are left as they are: they meet zeros in the packed rows.
+// The codes of `groups` groups of a block less `shift`, as [groups][steps][step / 4][16 lanes][4]. The
+// columns that fill a step are left as they are: they meet zeros in the packed rows.
 template <class Codes>
-void decode(const Weight& w, const AmxShape& s, int64_t block, int shift, uint8_t* strip) {
-  const uint8_t* piece = w.codes(block);
+void decode(const Weight& w, const AmxShape& s, int64_t block, int64_t first, int64_t groups, int shift,
+            uint8_t* strip) {
+  const uint8_t* piece =
+      w.codes(block) + first * ((w.group + Codes::kColumns - 1) / Codes::kColumns) * Codes::kBytes;
   const __m512i less = _mm512_set1_epi8(static_cast<char>(shift));
-  for (int64_t g = 0; g < w.groups; ++g, strip += s.width * 16) {
+  for (int64_t g = first; g < first + groups; ++g, strip += s.width * 16) {
     for (int64_t c = 0; c < columns_of(w, g); c += Codes::kColumns, piece += Codes::kBytes) {
       each_vector<Codes>(piece, [&](vb codes, int64_t at) {
         _mm512_store_si512(strip + (c + at) * 16, _mm512_sub_epi8(codes.v, less));
@@ -112,83 +112,61 @@ void decode(const Weight& w, const AmxShape& s, int64_t block, int shift, uint8_
   }
 }
 
-// The products of one group, into tiles 0 to 3.
-template <int kTiles, int kBlocks, bool kSigned>
-inline void products(Tiles& tiles, const Job& job, int64_t group) {
-  tiles.template zero<0>();
-  if constexpr (kBlocks == 2) tiles.template zero<1>();
-  if constexpr (kTiles == 2) tiles.template zero<2>();
-  if constexpr (kTiles == 2 && kBlocks == 2) tiles.template zero<3>();
-  for (int64_t i = group * job.steps; i < (group + 1) * job.steps; ++i) {
-    const int64_t at = i * job.step * 16;
-    tiles.template load<4>(job.a[0] + at, job.step);
-    tiles.template load<6>(job.b[0] + at, 64);
-    tiles.template dot<0, 4, 6, kSigned>();
-    if constexpr (kBlocks == 2) {
-      tiles.template load<7>(job.b[1] + at, 64);
-      tiles.template dot<1, 4, 7, kSigned>();
-    }
-    if constexpr (kTiles == 2) {
-      tiles.template load<5>(job.a[1] + at, job.step);
-      tiles.template dot<2, 5, 6, kSigned>();
-    }
-    if constexpr (kTiles == 2 && kBlocks == 2) tiles.template dot<3, 5, 7, kSigned>();
+// The dots of `next`, and y of `now`, whose dots are there.
+template <Codes kCodes, bool kMins>
+void compute(Tiles& tiles, const AmxShape& s, bool wide, const Unit& next, const Unit& now, Ahead* ahead) {
+  constexpr int kRows = 16;
+  vf y[kRows];
+  if (now.groups > 0) {
+    GM_UNROLL(16)
+    for (int r = 0; r < kRows; ++r) y[r] = now.first ? vf_zero() : vf_load(now.y + r * 16);
   }
-}
-
-// y: [2 tiles][2 blocks][16 rows][16 lanes].
-template <int kTiles, int kBlocks, Codes kCodes, bool kMins>
-void compute(Tiles& tiles, const Job& job, float* y) {
-  constexpr bool kSigned = kCodes == Codes::kSigned;
-  alignas(64) int32_t dots[4 * 256];
-  memset(y, 0, 4 * 256 * sizeof(float));
-  products<kTiles, kBlocks, kSigned>(tiles, job, 0);
-  for (int64_t g = 0; g < job.groups; ++g) {
-    tiles.template store<0>(dots, 64);
-    if constexpr (kBlocks == 2) tiles.template store<1>(dots + 256, 64);
-    if constexpr (kTiles == 2) tiles.template store<2>(dots + 512, 64);
-    if constexpr (kTiles == 2 && kBlocks == 2) tiles.template store<3>(dots + 768, 64);
-    if (g + 1 < job.groups) products<kTiles, kBlocks, kSigned>(tiles, job, g + 1);
-    for (int j = 0; j < kBlocks; ++j) {
-      const vf scale = load_scale(job.scales[j], g, job.wide);
-      const vf low = kMins ? load_scale(job.mins[j], g, job.wide) : vf_zero();
-      for (int i = 0; i < kTiles; ++i) {
-        const Side& side = job.side[i][g];
-        const int32_t* dot = dots + (2 * i + j) * 256;
-        float* sum = y + (2 * i + j) * 256;
-        for (int64_t r = 0; r < job.rows[i]; ++r) {
-          vi exact = vi_load(dot + r * 16);
-          if constexpr (kCodes == Codes::kCorrected) exact = exact + vi_set1(side.start[r]);
-          vf value = vf_fma(vi_float(exact), scale * vf_set1(side.scale[r]), vf_load(sum + r * 16));
-          if constexpr (kMins) value = vf_fma(low, vf_set1(side.sum[r]), value);
-          vf_store(sum + r * 16, value);
-        }
+  const int64_t size = s.width * 16, groups = next.groups > now.groups ? next.groups : now.groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (g < next.groups) {
+      tiles.template zero<0>();
+      for (int64_t at = g * size; at < (g + 1) * size; at += s.step * 16) {
+        tiles.template load<4>(next.a + at, s.step);
+        tiles.template load<6>(next.b + at, 64);
+        tiles.template dot<0, 4, 6, kCodes == Codes::kSigned>();
+      }
+      tiles.template store<0>(next.dots + g * 256, 64);
+    }
+    for (int i = 0; i < 3; ++i) ahead[i].fetch();
+    if (g < now.groups) {
+      const vf scale = load_scale(now.scales, g, wide);
+      const vf low = kMins ? load_scale(now.mins, g, wide) : vf_zero();
+      const Side& side = now.side[g];
+      GM_UNROLL(16)
+      for (int r = 0; r < kRows; ++r) {
+        vi exact = vi_load(now.dots + g * 256 + r * 16);
+        if constexpr (kCodes == Codes::kCorrected) exact = exact + vi_set1(side.start[r]);
+        y[r] = vf_fma(vi_float(exact), scale * vf_set1(side.scale[r]), y[r]);
+        if constexpr (kMins) y[r] = vf_fma(low, vf_set1(side.sum[r]), y[r]);
       }
     }
   }
+  if (now.groups > 0) {
+    GM_UNROLL(16)
+    for (int r = 0; r < kRows; ++r) vf_store(now.y + r * 16, y[r]);
+  }
 }
 
-using Compute = void (*)(Tiles&, const Job&, float*);
-
-template <Codes kCodes, bool kMins>
-Compute pick_shape(int tiles, int blocks) {
-  if (tiles == 2) return blocks == 2 ? compute<2, 2, kCodes, kMins> : compute<2, 1, kCodes, kMins>;
-  return blocks == 2 ? compute<1, 2, kCodes, kMins> : compute<1, 1, kCodes, kMins>;
-}
+using Compute = void (*)(Tiles&, const AmxShape&, bool, const Unit&, const Unit&, Ahead*);
 
 template <Codes kCodes>
-Compute pick_mins(bool mins, int tiles, int blocks) {
-  return mins ? pick_shape<kCodes, true>(tiles, blocks) : pick_shape<kCodes, false>(tiles, blocks);
+Compute pick_mins(bool mins) {
+  return mins ? compute<kCodes, true> : compute<kCodes, false>;
 }
 
-Compute pick(Codes codes, bool mins, int tiles, int blocks) {
+Compute pick(Codes codes, bool mins) {
   switch (codes) {
     case Codes::kSigned:
-      return pick_mins<Codes::kSigned>(mins, tiles, blocks);
+      return pick_mins<Codes::kSigned>(mins);
     case Codes::kUnsigned:
-      return pick_mins<Codes::kUnsigned>(mins, tiles, blocks);
+      return pick_mins<Codes::kUnsigned>(mins);
     case Codes::kCorrected:
-      return pick_mins<Codes::kCorrected>(mins, tiles, blocks);
+      return pick_mins<Codes::kCorrected>(mins);
   }
   __builtin_unreachable();
 }
@@ -208,26 +186,39 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
     shift = w.offset;
   }
   const AmxShape s(w);
-  const int64_t panel = s.panel(rows);
-  const int64_t tile_bytes = s.columns * 16;  // 16 packed rows, or the strip of a block
-  char* base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-  uint8_t* strips = reinterpret_cast<uint8_t*>(base);
-  int8_t* packed = reinterpret_cast<int8_t*>(base + 2 * tile_bytes);
-  Side* sides = reinterpret_cast<Side*>(base + (2 + panel / 16) * tile_bytes);
-  alignas(64) float y[4 * 256];
+  const int64_t panel = s.panel(rows), tile_bytes = s.columns * 16, chunk = s.chunk();
+  char* at = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
+  auto take = [&at](int64_t bytes) {
+    char* from = at;
+    at += bytes;
+    return from;
+  };
+  // From unit to unit they move by a group within their page, lest loads of the last unit's dots seem to want
+  // what is being stored.
+  const int64_t dots_bytes = (chunk * 1024 + 3 * 1024 + 4095) / 4096 * 4096;
+  auto* dots = take(2 * dots_bytes);
+  auto* strips = reinterpret_cast<uint8_t*>(take(2 * chunk * s.width * 16));
+  auto* y = reinterpret_cast<float*>(take(panel * 64));
+  auto* packed = reinterpret_cast<int8_t*>(take(panel / 16 * tile_bytes));
+  auto* sides = reinterpret_cast<Side*>(at);
   const int64_t scale_bytes = w.groups * 16 * (w.wide_scales ? 4 : 2);
+  const int64_t block_bytes = w.codes(1) - w.codes(0);
 
   TileConfig config;
-  for (int t = 0; t < 4; ++t) config.shape(t, 16, 64);
-  for (int t = 4; t < 6; ++t) config.shape(t, 16, s.step);
-  for (int t = 6; t < 8; ++t) config.shape(t, s.step / 4, 64);
+  config.shape(0, 16, 64);
+  config.shape(4, 16, s.step);
+  config.shape(6, s.step / 4, 64);
   Tiles tiles(config);
 
-  Job job;
-  job.groups = w.groups;
-  job.steps = s.steps;
-  job.step = s.step;
-  job.wide = w.wide_scales;
+  const int64_t chunks = (w.groups + chunk - 1) / chunk, all = (block_end - block_begin) * chunks;
+  const auto decode_chunk = [&](int64_t n) {
+    const int64_t first = n % chunks * chunk, left = w.groups - first;
+    with_codes(w.storage, [&](auto storage) {
+      decode<decltype(storage)>(w, s, block_begin + n / chunks, first, left < chunk ? left : chunk, shift,
+                                strips + (n & 1) * chunk * s.width * 16);
+    });
+  };
+  const auto compute = pick(codes, w.mins != nullptr);
   for (int64_t p = 0; p < rows; p += panel) {
     const int64_t height = rows - p < panel ? rows - p : panel;
     const int64_t count = (height + 15) / 16;
@@ -235,31 +226,47 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
     for (int64_t t = 0; t < count; ++t) {
       pack(w, s, x, p + t * 16, valid(t), packed + t * tile_bytes, sides + t * w.groups);
     }
-    for (int64_t b = block_begin; b < block_end; b += 2) {
-      const int blocks = block_end - b < 2 ? 1 : 2;
-      for (int j = 0; j < blocks; ++j) {
-        job.b[j] = strips + j * tile_bytes;
-        job.scales[j] = static_cast<const char*>(w.scales) + (b + j) * scale_bytes;
-        job.mins[j] = w.mins == nullptr ? nullptr : static_cast<const char*>(w.mins) + (b + j) * scale_bytes;
-        with_codes(w.storage, [&](auto storage) {
-          decode<decltype(storage)>(w, s, b + j, shift, strips + j * tile_bytes);
-        });
+    Unit now;
+    const auto step = [&](const Unit& next, Ahead* ahead) {
+      compute(tiles, s, w.wide_scales, next, now, ahead);
+      if (now.groups > 0 && now.last) finish(now.y, p + now.tile * 16, valid(now.tile), now.block, w.n, out);
+      now = next;
+    };
+    if (all > 0) decode_chunk(0);
+    for (int64_t n = 0, unit = 0; n < all; ++n) {
+      if (n + 1 < all) decode_chunk(n + 1);
+      const int64_t block = block_begin + n / chunks, first = n % chunks * chunk;
+      const int64_t left = w.groups - first, groups = left < chunk ? left : chunk;
+      const int64_t scales_at = block * scale_bytes + first * (scale_bytes / w.groups);
+      Unit next;
+      next.b = strips + (n & 1) * chunk * s.width * 16;
+      next.scales = static_cast<const char*>(w.scales) + scales_at;
+      next.mins = w.mins == nullptr ? nullptr : static_cast<const char*>(w.mins) + scales_at;
+      next.groups = groups;
+      next.block = block;
+      next.first = first == 0;
+      next.last = first + groups == w.groups;
+      // What is decoded two chunks later, and its scales.
+      Ahead ahead[3];
+      if (n + 3 < all) {
+        const int64_t codes_at = first * block_bytes / w.groups, codes = chunk * block_bytes / w.groups;
+        const int64_t scales = chunk * (scale_bytes / w.groups);
+        ahead[0] = Ahead(w.codes(block) + codes_at + 2 * codes, codes, groups);
+        ahead[1] = Ahead(next.scales + 2 * scales, scales, groups);
+        if (w.mins != nullptr) ahead[2] = Ahead(next.mins + 2 * scales, scales, groups);
       }
-      for (int64_t t = 0; t < count; t += 2) {
-        const int high = count - t < 2 ? 1 : 2;
-        for (int i = 0; i < high; ++i) {
-          job.a[i] = packed + (t + i) * tile_bytes;
-          job.side[i] = sides + (t + i) * w.groups;
-          job.rows[i] = valid(t + i);
-        }
-        pick(codes, w.mins != nullptr, high, blocks)(tiles, job, y);
-        for (int i = 0; i < high; ++i) {
-          for (int j = 0; j < blocks; ++j) {
-            finish(y + (2 * i + j) * 256, p + (t + i) * 16, job.rows[i], b + j, w.n, out);
-          }
-        }
+      for (int64_t t = 0; t < count; ++t) {
+        next.a = packed + t * tile_bytes + first * s.width * 16;
+        next.side = sides + t * w.groups + first;
+        next.y = y + t * 256;
+        next.dots = reinterpret_cast<int32_t*>(dots + (unit & 1) * dots_bytes + (-unit & 3) * 1024);
+        ++unit;
+        next.tile = t;
+        step(next, ahead);
       }
     }
+    Ahead none[3];
+    step(Unit(), none);
   }
 }
 
@@ -342,6 +349,22 @@ const uint16_t* to_bf16(const Weight& w, int64_t steps, int64_t block, uint16_t*
   return strip;
 }
 
+// What is fetched, bit by bit, while 32 x 32 outputs are computed: the weights of the next blocks, and the
+// outputs' own lines, which lie a row apart and else are waited for when they are written.
+struct Coming {
+  Ahead weights;
+  const float* out;
+  int64_t ld, rows, lines, per_step;
+  void fetch() {
+    weights.fetch();
+    const int64_t n = rows < per_step ? rows : per_step;
+    for (int64_t i = 0; i < n; ++i, out += ld) {
+      for (int64_t line = 0; line < lines; ++line) prefetch(out + 16 * line);
+    }
+    rows -= n;
+  }
+};
+
 // Sixteen rows or fewer: where their first step begins, bytes between rows, numbers between steps.
 struct Bf16Tile {
   const uint16_t* at;
@@ -350,7 +373,8 @@ struct Bf16Tile {
 
 // y: [2 tiles][2 blocks][16 rows][16 lanes]. kAhead: fetch weights that are read once, from memory.
 template <int kTiles, int kBlocks, bool kAhead>
-void compute_bf16(Tiles& tiles, const Bf16Tile* a, const uint16_t* const* b, int64_t steps, float* y) {
+void compute_bf16(Tiles& tiles, const Bf16Tile* a, const uint16_t* const* b, int64_t steps, Coming& coming,
+                  float* y) {
   tiles.template zero<0>();
   if constexpr (kBlocks == 2) tiles.template zero<1>();
   if constexpr (kTiles == 2) tiles.template zero<2>();
@@ -361,6 +385,8 @@ void compute_bf16(Tiles& tiles, const Bf16Tile* a, const uint16_t* const* b, int
       for (int64_t line = 0; line < 512; line += 32) {
         for (int j = 0; j < kBlocks; ++j) prefetch(b[j] + at + line + 2048);
       }
+    } else {
+      coming.fetch();
     }
     tiles.template load<4>(a[0].at + i * a[0].step, a[0].stride);
     tiles.template load<6>(b[0] + at, 64);
@@ -381,7 +407,7 @@ void compute_bf16(Tiles& tiles, const Bf16Tile* a, const uint16_t* const* b, int
   if constexpr (kTiles == 2 && kBlocks == 2) tiles.template store<3>(y + 768, 64);
 }
 
-using ComputeBf16 = void (*)(Tiles&, const Bf16Tile*, const uint16_t* const*, int64_t, float*);
+using ComputeBf16 = void (*)(Tiles&, const Bf16Tile*, const uint16_t* const*, int64_t, Coming&, float*);
 
 ComputeBf16 pick_bf16(int tiles, int blocks, bool ahead) {
   if (ahead) return blocks == 2 ? compute_bf16<1, 2, true> : compute_bf16<1, 1, true>;
@@ -417,6 +443,8 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
   auto* strips = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
   uint16_t* packed = strips + 2 * tile_size;
   alignas(64) float y[4 * 256];
+  const int64_t block_bytes =
+      w.integer() ? w.codes(1) - w.codes(0) : w.kp * (w.storage == Storage::kF32 ? 64 : 32);
 
   // Fewer rows than a tile has make smaller tiles; of many, the last are filled with zeros.
   const int64_t high = rows < 16 ? rows : 16;
@@ -445,10 +473,20 @@ void linear_bf16(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, 
       const int blocks = block_end - b < 2 ? 1 : 2;
       const uint16_t* columns[2] = {};
       for (int j = 0; j < blocks; ++j) columns[j] = to_bf16(w, s.steps, b + j, strips + j * tile_size);
-      const bool ahead = count == 1 && columns[0] != strips;
+      const bool from_memory = count == 1 && columns[0] != strips;
+      Coming coming;
+      if (const int64_t next = block_end - b - 2 < 2 ? block_end - b - 2 : 2; next > 0) {
+        const char* values = static_cast<const char*>(w.values) + (b + 2) * block_bytes;
+        coming.weights = Ahead(values, next * block_bytes, (count + 1) / 2 * s.steps);
+      }
       for (int64_t t = 0; t < count; t += 2) {
         const int used = count - t < 2 ? 1 : 2;
-        pick_bf16(used, blocks, ahead)(tiles, tile + t, columns, s.steps, y);
+        coming.out = out.out + (p + t * 16) * out.ld + b * 16;
+        coming.ld = out.ld;
+        coming.rows = height - t * 16 < used * 16 ? height - t * 16 : used * 16;
+        coming.lines = blocks;
+        coming.per_step = (coming.rows + s.steps - 1) / s.steps;
+        pick_bf16(used, blocks, from_memory)(tiles, tile + t, columns, s.steps, coming, y);
         for (int i = 0; i < used; ++i) {
           const int64_t first = (t + i) * 16, left = height - first < 16 ? height - first : 16;
           for (int j = 0; j < blocks; ++j) finish(y + (2 * i + j) * 256, p + first, left, b + j, w.n, out);

@@ -249,8 +249,14 @@ struct AmxShape {
     const int64_t most = fit < 32 ? 32 : fit, all = (rows + 15) / 16 * 16;
     return all < most ? all : most;
   }
+  // Groups that are in work at a time: about 256 columns, chunks of one length where that can be.
+  int64_t chunk() const {
+    const int64_t chunks = (columns + 255) / 256;
+    return (groups + chunks - 1) / chunks;
+  }
+  // Dots and strips of two chunks, and a panel's sums and packed rows.
   int64_t scratch_bytes(int64_t rows) const {
-    return 32 * columns + panel(rows) * (columns + groups * kAmxSideBytes);
+    return 2 * (chunk() * (1024 + width * 16) + 7168) + panel(rows) * (64 + columns + groups * kAmxSideBytes);
   }
 };
 
