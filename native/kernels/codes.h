@@ -110,8 +110,8 @@ __attribute__((always_inline)) inline vf load_scales(const Weight& w, const void
                        : vf_load_f16(static_cast<const uint16_t*>(base) + at);
 }
 // The values, less the minimums, of codes less the offset.
-inline vf scaled(const Weight& w, vf scale, vi codes) {
-  const vf value = scale * vi_float(codes);
+inline vf scaled(const Weight& w, vf scale, vf codes) {
+  const vf value = scale * codes;
   return w.rounded ? vf_round_e4m3(value) * vf_set1(w.unit) : value;
 }
 

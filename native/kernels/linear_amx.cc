@@ -31,6 +31,7 @@
 #include "gristmill/kernel.h"
 #include "kernels.h"
 #include "linear_out.h"
+#include "numbers.h"
 #include "vec/tiles.h"
 #include "vec/vec.h"
 
@@ -292,25 +293,57 @@ inline __m512i bf16_pair(vf even, vf odd) {
   return _mm512_permutexvar_epi16(order, both);
 }
 
+// Codes less their offset, those of at most four bits from a table: which needs neither the bits above them
+// cleared nor the code converted.
+template <class C>
+class Numbers {
+ public:
+  explicit Numbers(const Weight& w)
+      : offset_(vi_set1(-w.offset)), table_(vi_float(code_range(0, kMask) + offset_)) {}
+  // Of a vector of codes the columns 0 to 3.
+  template <int kVector, class Fn>
+  __attribute__((always_inline)) void columns(const uint8_t* piece, Fn fn) const {
+    if constexpr (C::kBits <= 4) {
+      const vi lanes = vb_lanes(C::template loose<kVector>(piece));
+      fn(of(lanes), of(vi_shr<8>(lanes)), of(vi_shr<16>(lanes)), of(vi_shr<24>(lanes)));
+    } else {
+      const vi lanes = vb_lanes(C::template at<kVector>(piece));
+      fn(of(lanes & byte_), of(vi_shr<8>(lanes) & byte_), of(vi_shr<16>(lanes) & byte_),
+         of(vi_shr<24>(lanes)));
+    }
+  }
+
+ private:
+  static constexpr int kMask = (1 << C::kBits) - 1;
+  vf of(vi bits) const {
+    if constexpr (C::kBits <= 4) return {_mm512_permutexvar_ps(bits.v, table_.v)};
+    return vi_float(bits + offset_);
+  }
+  vi byte_ = vi_set1(255), offset_;
+  vf table_;
+};
+
 template <class Codes, bool kMins>
 void integers_to_bf16(const Weight& w, int64_t block, uint16_t* strip) {
   const uint8_t* piece = w.codes(block);
-  const vi mask = vi_set1(255), offset = vi_set1(-w.offset);
+  const Numbers<Codes> numbers(w);
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t at = (block * w.groups + g) * 16;
     const vf scale = load_scales(w, w.scales, at);
     const vf low = kMins ? load_scales(w, w.mins, at) : vf_zero();
-    const auto value = [&](vi bits) {
-      const vf x = scaled(w, scale, (bits & mask) + offset);
+    const auto value = [&](vf number) {
+      const vf x = scaled(w, scale, number);
       return kMins ? x + low : x;
     };
+    const auto store = [&](vf a, vf b, vf c, vf d) __attribute__((always_inline)) {
+      _mm512_storeu_si512(strip, bf16_pair(value(a), value(b)));
+      _mm512_storeu_si512(strip + 32, bf16_pair(value(c), value(d)));
+      strip += 64;
+    };
     for (int64_t c = 0; c < columns_of(w, g); c += Codes::kColumns, piece += Codes::kBytes) {
-      each_vector<Codes>(piece, [&](vb codes, int64_t) {
-        const vi lanes = vb_lanes(codes);
-        _mm512_storeu_si512(strip, bf16_pair(value(lanes), value(vi_shr<8>(lanes))));
-        _mm512_storeu_si512(strip + 32, bf16_pair(value(vi_shr<16>(lanes)), value(vi_shr<24>(lanes))));
-        strip += 64;
-      });
+      [&]<int... kVector>(std::integer_sequence<int, kVector...>) __attribute__((always_inline)) {
+        (numbers.template columns<kVector>(piece, store), ...);
+      }(std::make_integer_sequence<int, Codes::kColumns / 4>());
     }
   }
 }

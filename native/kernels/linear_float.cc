@@ -44,7 +44,7 @@ struct Decoder {
       each_vector<Codes>(piece, [&](vb codes, int64_t at) {
         const vi lanes = vb_lanes(codes);
         const auto column = [&](vi bits, int64_t i) {
-          vf value = scaled(w, scale, (bits & mask) + offset);
+          vf value = scaled(w, scale, vi_float((bits & mask) + offset));
           if (w.mins != nullptr) value = value + low;
           emit(c + at + i, value);
         };
@@ -177,7 +177,7 @@ void decode_codes(const Weight& w, int64_t block, int64_t lane, float* out) {
       for (int64_t i = k + c; i < k + c + 4 && i < w.k; ++i) {
         const int32_t code = lanes[lane] >> (i - k - c) * 8 & 255;
         float value[16];
-        vf_store(value, scaled(w, vf_set1(scale), vi_set1(code - w.offset)));
+        vf_store(value, scaled(w, vf_set1(scale), vi_float(vi_set1(code - w.offset))));
         out[i] = w.mins == nullptr ? value[0] : value[0] + low;
       }
     });
