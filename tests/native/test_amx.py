@@ -161,8 +161,8 @@ def test_more_rows_than_a_panel(level: str) -> None:
 def test_bias_and_accumulation(level: str) -> None:
     for format in FORMATS[1:4]:
         linear = Linear(35, 192, format)
-        x = rows(21, 192)
-        into = np.random.default_rng(5).standard_normal((21, 35)).astype(np.float32)
+        x = rows(37, 192)
+        into = np.random.default_rng(5).standard_normal((37, 35)).astype(np.float32)
         for bias in (False, True):
             same(linear.run(level, x, bias, into), linear.run(BASE, x, bias, into), f"bias={bias}")
             same(linear.run(level, x, bias), linear.run(BASE, x, bias), f"bias={bias}")
@@ -194,7 +194,7 @@ def test_largest_codes(level: str) -> None:
         for code in (0, 255):
             linear = Linear(16, 4096, format)
             linear.codes[:] = code
-            x = np.full((16, 4096), -3.0, np.float32)
+            x = np.full((32, 4096), -3.0, np.float32)
             same(linear.run(level, x), linear.run(BASE, x))
 
 
@@ -203,7 +203,7 @@ def test_against_float64() -> None:
     # Not only equal to each other: right. Eight-bit codes, whose layout is easily undone.
     f = Format(8, 64, 128)
     linear = Linear(40, 192, f)
-    x = rows(24, 192)
+    x = rows(40, 192)
     codes = linear.codes.reshape(3, 48, 16, 4).transpose(0, 2, 1, 3).reshape(48, 192).astype(np.float64)
     scale = linear.scales.astype(np.float64).transpose(0, 2, 1).reshape(48, 3)
     w = ((codes - 128).reshape(48, 3, 64) * scale[:, :, None]).reshape(48, 192)[:40]
