@@ -21,8 +21,8 @@
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.
 //
-// Up to 24 rows, which fill its own tiles, go to the VNNI kernel: at 16 the layers of a model took 0.87 of the
-// time there, at 32 1.1 to 1.35 of it.
+// Up to 24 rows, which fill its own tiles, go to the VNNI kernel: at 16 the layers of a model took 0.87 of
+// the time there, at 32 1.1 to 1.35 of it.
 #include "linear_amx.h"
 
 #include <immintrin.h>
