@@ -13,7 +13,9 @@ class Ahead {
   Ahead() = default;
   // `at` to be fetched by `calls` calls.
   Ahead(const void* at, int64_t bytes, int64_t calls)
-      : at_(static_cast<const char*>(at)), end_(at_ + bytes), step_((bytes / calls + 63) / 64 * 64) {}
+      : at_(static_cast<const char*>(at)),
+        end_(at_ + bytes),
+        step_(((bytes + calls - 1) / calls + 63) / 64 * 64) {}
   void fetch() {
     const char* to = end_ - at_ < step_ ? end_ : at_ + step_;
     for (; at_ < to; at_ += 64) prefetch_far(at_);
