@@ -2,8 +2,10 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -13,6 +15,7 @@
 #include "runtime/arena.h"
 #include "runtime/isa.h"
 #include "runtime/pool.h"
+#include "runtime/shares.h"
 
 using namespace nb::literals;
 
@@ -47,6 +50,30 @@ gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
+  m.def(
+      "share_out",
+      [](int threads, int64_t units, int64_t least, int64_t rounds) {
+        gm::Pool pool(threads);
+        gm::Shares shares;
+        shares.resize(2, threads);
+        std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(2 * units));
+        for (int64_t i = 0; i < rounds; ++i) {
+          shares.renew();
+          pool.run([&](int thread) {
+            for (size_t piece = 0; piece < 2; ++piece) {
+              for (;;) {
+                const gm::Range r = shares.take(piece, units, least, thread);
+                if (r.begin == r.end) break;
+                for (int64_t u = r.begin; u < r.end; ++u)
+                  ++taken[piece * static_cast<size_t>(units) + static_cast<size_t>(u)];
+              }
+            }
+          });
+        }
+        return std::vector<int64_t>(taken.begin(), taken.end());
+      },
+      "threads"_a, "units"_a, "least"_a, "rounds"_a,
+      "How often each unit of two pieces of work was taken in all rounds.");
   m.def(
       "encode_int8",
       [](const std::string& level, In<float> x, int64_t group, int64_t kp, In<float> limits,

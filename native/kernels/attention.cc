@@ -416,9 +416,11 @@ struct Work {
   const Stored* v[4];
   const uint16_t* k_scale[4];  // int4: [groups][16] of each block
   const uint16_t* v_scale[4];
-  const Stored* k_ahead[4];  // a tile to come, fetched line by line while this one is worked on
+  // A tile to come, fetched line by line while this one is worked on; without one the tile at hand. Matrix
+  // tiles then fetch nothing, and know the first pointers only: a tile's 64 keys lie together.
+  const Stored* k_ahead[4];
   const Stored* v_ahead[4];
-  int64_t ahead;  // keys there, 0 without one
+  int64_t ahead;  // keys there, in whole blocks; 0 without one
   int64_t keys;   // keys to look at, from the tile's first on
   int64_t hd;
   int64_t group;   // dimensions per scale, hd without scales
@@ -895,7 +897,7 @@ void point_ahead(const AttentionArgs& a, const Item& item, const Item* next, int
   if (item.partial < 0 || of == nullptr) return;
   const int64_t begin = span_from(a, *of, of->span_begin), to = span_to(*of, of->span_begin);
   const int64_t from = begin + least(n, (to - begin - 1) / kTile) * kTile;
-  w.ahead = least(kTile, to - from);
+  w.ahead = least(kTile, (to - from + kBlock - 1) / kBlock * kBlock);
   for (int64_t b = 0; b * kBlock < w.keys && from + b * kBlock < to; ++b) {
     const int64_t at = of->sequence->kv.tile_at(from + b * kBlock, of->kv_head);
     w.k_ahead[b] = reinterpret_cast<const Stored*>(of->sequence->kv.k + at);
@@ -1168,16 +1170,6 @@ int64_t attention_items(const AttentionArgs& a) {
   int64_t total = 0;
   for (int64_t i = 0; i < a.sequence_count; ++i) total += items_of(a, a.sequences[i]);
   return total;
-}
-
-void attention_costs(const AttentionArgs& a, float* costs) {
-  each_item(a, 0, attention_items(a), [&](const Item& item) {
-    const AttentionSequence& s = *item.sequence;
-    const int64_t from = most(item.span_begin * kSpan, first_key(a, s.start + item.token));
-    const int64_t to = least(item.span_end * kSpan, s.start + item.token + item.tokens);
-    // Keys are read once per item and used by every row of it.
-    *costs++ = static_cast<float>((to - from + kTile) * (item.tokens * group_of(a) + 6));
-  });
 }
 
 int64_t attention_partial_floats(const AttentionArgs& a) {

@@ -32,7 +32,6 @@ void gated(const float* gate, const float* up, float* out, int64_t ld, int64_t r
 bool attention_long(const AttentionArgs& a);
 void attention_prepare(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);
 int64_t attention_items(const AttentionArgs& a);
-void attention_costs(const AttentionArgs& a, float* costs);
 int64_t attention_partial_floats(const AttentionArgs& a);
 void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
 void attention_commit(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch);

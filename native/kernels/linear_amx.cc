@@ -8,21 +8,23 @@
 // A unit of work is one block (16 output rows), a chunk of its groups (about 256 columns) and one tile of
 // rows. Its codes are decoded into a strip of bytes, once for all tiles of rows; its dots, one product of
 // tiles per step of at most 64 columns, are stored; and a unit later they are scaled and added, with the sums
-// of its 16 x 16 outputs in registers. So three units are in work at a time, and none waits for another: not
-// the vector units for the tiles, nor decoding for memory, which is asked for two chunks before.
+// of its 16 x 16 outputs in registers. So three units are in work at a time, and the vector units need not
+// wait for the tiles, nor decoding for memory, which is asked for a chunk before it is decoded.
 //
 // By the published rates (a product of full tiles every 16 cycles, two 512-bit operations and two loads per
 // cycle, one store) a block and 16 rows take, in groups of 32 columns, 48 operations of arithmetic and 17 for
-// decoding int4, 56 loads, 24 stores: at least 35 cycles, and 88 in the VNNI kernel. On a Xeon of the fifth
-// generation whose other threads were idle, weights in its caches, they took 97 of 64 rows and 125 of 16,
-// where a step of load, load, product and store took 29 by itself; the VNNI kernel 132 and 135. Larger groups
-// come near 16 cycles a step.
+// decoding int4, 56 loads, 24 stores: at least 33 cycles, and 88 in the VNNI kernel. On a Xeon of the fifth
+// generation whose other threads were idle, weights in its caches, they took 97 with 64 rows and 125 with 16,
+// where a step of load, load, product and store took 29 by itself; the VNNI kernel 132 and 135. Within a
+// model on the same processor, its other threads busy, weights coming from memory, 16 rows took less in the
+// latter. A group has one chain of products: in a group of 576 columns a step takes 36 ns with 64 rows, as
+// they wait for one another.
 //
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.
 //
-// Up to 24 rows, which fill its own tiles, go to the VNNI kernel: at 16 the layers of a model took 0.87 of
-// the time there, at 32 1.1 to 1.35 of it.
+// Up to 24 rows, whose register tiles are full, go to the VNNI kernel: at 16 the layers of a model took 0.87
+// of the time there, at 32 1.1 to 1.35 of it.
 #include "linear_amx.h"
 
 #include <immintrin.h>
@@ -129,12 +131,12 @@ void compute(Tiles& tiles, const AmxShape& s, bool wide, const Unit& next, const
       tiles.template zero<0>();
       for (int64_t at = g * size; at < (g + 1) * size; at += s.step * 16) {
         tiles.template load<4>(next.a + at, s.step);
+        for (int i = 0; i < 3; ++i) ahead[i].fetch();
         tiles.template load<6>(next.b + at, 64);
         tiles.template dot<0, 4, 6, kCodes == Codes::kSigned>();
       }
       tiles.template store<0>(next.dots + g * 256, 64);
     }
-    for (int i = 0; i < 3; ++i) ahead[i].fetch();
     if (g < now.groups) {
       const vf scale = load_scale(now.scales, g, wide);
       const vf low = kMins ? load_scale(now.mins, g, wide) : vf_zero();
@@ -195,8 +197,8 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
     at += bytes;
     return from;
   };
-  // From unit to unit they move by a group within their page, lest loads of the last unit's dots seem to want
-  // what is being stored.
+  // Offsets within a page step back by a group from unit to unit, lest loads of the last unit's dots seem to
+  // want what is being stored.
   const int64_t dots_bytes = (chunk * 1024 + 3 * 1024 + 4095) / 4096 * 4096;
   auto* dots = take(2 * dots_bytes);
   auto* strips = reinterpret_cast<uint8_t*>(take(2 * chunk * s.width * 16));
@@ -220,7 +222,7 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
                                 strips + (n & 1) * chunk * s.width * 16);
     });
   };
-  const auto compute = pick(codes, w.mins != nullptr);
+  const Compute run = pick(codes, w.mins != nullptr);
   for (int64_t p = 0; p < rows; p += panel) {
     const int64_t height = rows - p < panel ? rows - p : panel;
     const int64_t count = (height + 15) / 16;
@@ -230,7 +232,7 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
     }
     Unit now;
     const auto step = [&](const Unit& next, Ahead* ahead) {
-      compute(tiles, s, w.wide_scales, next, now, ahead);
+      run(tiles, s, w.wide_scales, next, now, ahead);
       if (now.groups > 0 && now.last) finish(now.y, p + now.tile * 16, valid(now.tile), now.block, w.n, out);
       now = next;
     };
@@ -248,14 +250,14 @@ void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block
       next.block = block;
       next.first = first == 0;
       next.last = first + groups == w.groups;
-      // What is decoded two chunks later, and its scales.
+      // The chunk after the one that has just been decoded, and its scales.
       Ahead ahead[3];
-      if (n + 3 < all) {
-        const int64_t codes_at = first * block_bytes / w.groups, codes = chunk * block_bytes / w.groups;
-        const int64_t scales = chunk * (scale_bytes / w.groups);
-        ahead[0] = Ahead(w.codes(block) + codes_at + 2 * codes, codes, groups);
-        ahead[1] = Ahead(next.scales + 2 * scales, scales, groups);
-        if (w.mins != nullptr) ahead[2] = Ahead(next.mins + 2 * scales, scales, groups);
+      if (n + 2 < all) {
+        const int64_t codes_at = first * block_bytes / w.groups, bytes = chunk * block_bytes / w.groups;
+        const int64_t scales = chunk * (scale_bytes / w.groups), calls = groups * s.steps * count;
+        ahead[0] = Ahead(w.codes(block) + codes_at + 2 * bytes, bytes, calls);
+        ahead[1] = Ahead(next.scales + 2 * scales, scales, calls);
+        if (w.mins != nullptr) ahead[2] = Ahead(next.mins + 2 * scales, scales, calls);
       }
       for (int64_t t = 0; t < count; ++t) {
         next.a = packed + t * tile_bytes + first * s.width * 16;
@@ -547,7 +549,6 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
     t.attention_long = GM_LEVEL::attention_long;
     t.attention_prepare = GM_LEVEL::attention_prepare;
     t.attention_items = GM_LEVEL::attention_items;
-    t.attention_costs = GM_LEVEL::attention_costs;
     t.attention_partial_floats = GM_LEVEL::attention_partial_floats;
     t.attention_spans = GM_LEVEL::attention_spans;
     t.attention_commit = GM_LEVEL::attention_commit;

@@ -26,7 +26,6 @@ const KernelTable* GM_CONCAT(kernel_table_, GM_LEVEL)() {
       .attention_long = attention_long,
       .attention_prepare = attention_prepare,
       .attention_items = attention_items,
-      .attention_costs = attention_costs,
       .attention_partial_floats = attention_partial_floats,
       .attention_spans = attention_spans,
       .attention_commit = attention_commit,

@@ -16,12 +16,11 @@ constexpr int64_t kPrivateValues = 8192;
 // Rows of a gate and its partner that are computed before they are combined: six tiles of 12.
 constexpr int64_t kGateRows = 72;
 
-int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// The least that a thread takes of a node at once: rows, and pairs of weight blocks, which kernels of few
+// rows and those of tiles work on together.
+constexpr int64_t kLeastRows = 8, kLeastPairs = 4;
 
-struct Range {
-  int64_t begin, end;
-};
-Range split(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
+int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 Rounding rounding_of(const Node& node) {
   return {node.limits.empty() ? nullptr : node.limits.data(),
@@ -42,9 +41,7 @@ double now() {
 }  // namespace
 
 Program::Program(const KernelTable* kernels, std::shared_ptr<Pool> pool)
-    : kernels_(kernels), pool_(std::move(pool)) {
-  costs_.resize(static_cast<size_t>(pool_->threads()));
-}
+    : kernels_(kernels), pool_(std::move(pool)) {}
 
 int64_t Program::add_weight(const Weight& weight) {
   weights_.push_back(weight);
@@ -126,6 +123,7 @@ void Program::add_node(Node node) {
   }
   nodes_.push_back(std::move(node));
   times_.push_back({nodes_.back().name, 0.0});
+  shares_.resize(nodes_.size(), pool_->threads());
   reserved_tokens_ = reserved_logits_ = 0;
 }
 
@@ -340,6 +338,7 @@ bool Program::run(const StepInput& input) {
   }
 
   stop_[0] = stop_[1] = 0;
+  shares_.renew();
   pool_->run([this](int thread) { run_thread(thread); });
   const bool cancelled = stop_[0] != 0 || stop_[1] != 0;
   input_ = nullptr;
@@ -370,20 +369,41 @@ void Program::run_thread(int thread) {
   }
 }
 
+// Calls fn with ranges of `units` until all are taken.
+template <class Fn>
+void Program::share(const Node& node, int64_t units, int64_t least, int thread, Fn fn) {
+  const auto piece = static_cast<size_t>(&node - nodes_.data());
+  for (;;) {
+    const Range r = shares_.take(piece, units, least, thread);
+    if (r.begin == r.end) return;
+    fn(r);
+  }
+}
+
+// The rows of `to`, all of them where every thread has a copy.
+template <class Fn>
+void Program::share(const Node& node, const Buffer& to, int thread, Fn fn) {
+  if (to.replicated) {
+    fn(Range{0, rows_of(to)});
+  } else {
+    share(node, rows_of(to), kLeastRows, thread, fn);
+  }
+}
+
 void Program::run_node(const Node& node, int thread) {
-  const int threads = pool_->threads();
   switch (node.op) {
     case Op::kEmbedding: {
       const Weight& w = weights_[static_cast<size_t>(node.weight)];
       const int64_t ld = buffers_[static_cast<size_t>(node.out[0])].spec.padded;
-      const Range r = split(tokens_, thread, threads);
-      for (int64_t i = r.begin; i < r.end; ++i) {
-        float* out = f32(node.out[0], thread) + i * ld;
-        kernels_->decode_row(w, input_->tokens[i], out);
-        if (node.scale != 1.0f) {
-          for (int64_t c = 0; c < w.k; ++c) out[c] *= node.scale;
+      share(node, tokens_, kLeastRows, thread, [&](Range r) {
+        for (int64_t i = r.begin; i < r.end; ++i) {
+          float* out = f32(node.out[0], thread) + i * ld;
+          kernels_->decode_row(w, input_->tokens[i], out);
+          if (node.scale != 1.0f) {
+            for (int64_t c = 0; c < w.k; ++c) out[c] *= node.scale;
+          }
         }
-      }
+      });
       return;
     }
     case Op::kRmsNorm: {
@@ -393,27 +413,30 @@ void Program::run_node(const Node& node, int thread) {
       const float* x = f32(node.in[0], thread);
       float* y = f32(node.out[0], thread);
       const float* w = vectors_[static_cast<size_t>(node.vector)].data();
-      const int64_t rows = rows_of(to);
-      const Range r = to.replicated ? Range{0, rows} : split(rows, thread, threads);
-      if (node.heads == 1) {
-        kernels_->rmsnorm(x + r.begin * ldx, ldx, w, y + r.begin * ldy, ldy, r.end - r.begin, part, node.eps);
-        return;
-      }
-      for (int64_t i = r.begin; i < r.end; ++i) {
-        kernels_->rmsnorm(x + i * ldx, part, w, y + i * ldy, part, node.heads, part, node.eps);
-      }
+      share(node, to, thread, [&](Range r) {
+        if (node.heads == 1) {
+          kernels_->rmsnorm(x + r.begin * ldx, ldx, w, y + r.begin * ldy, ldy, r.end - r.begin, part,
+                            node.eps);
+          return;
+        }
+        for (int64_t i = r.begin; i < r.end; ++i) {
+          kernels_->rmsnorm(x + i * ldx, part, w, y + i * ldy, part, node.heads, part, node.eps);
+        }
+      });
       return;
     }
     case Op::kAdd: {
       const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
       const int64_t ldx = to.spec.padded, ldy = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
-      const Range r = split(rows_of(to), thread, threads);
-      kernels_->add(f32(node.out[0], thread) + r.begin * ldx, ldx, f32(node.in[0], thread) + r.begin * ldy,
-                    ldy, r.end - r.begin, to.spec.width);
+      share(node, rows_of(to), kLeastRows, thread, [&](Range r) {
+        kernels_->add(f32(node.out[0], thread) + r.begin * ldx, ldx, f32(node.in[0], thread) + r.begin * ldy,
+                      ldy, r.end - r.begin, to.spec.width);
+      });
       return;
     }
     case Op::kEncode:
-      run_encode(node, thread);
+      share(node, buffers_[static_cast<size_t>(node.out[0])], thread,
+            [&](Range r) { run_encode(node, r, thread); });
       return;
     case Op::kLinears:
       run_linears(node, thread);
@@ -426,20 +449,20 @@ void Program::run_node(const Node& node, int thread) {
       const float* x = f32(node.in[0], thread);
       float* y = f32(node.out[0], thread);
       const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
-      const Range r = to.replicated ? Range{0, logit_rows_} : split(logit_rows_, thread, threads);
-      for (int64_t i = r.begin; i < r.end; ++i) {
-        std::memcpy(y + i * to.spec.padded, x + input_->logit_rows[i] * ldx,
-                    static_cast<size_t>(to.spec.width) * 4);
-      }
+      share(node, to, thread, [&](Range r) {
+        for (int64_t i = r.begin; i < r.end; ++i) {
+          std::memcpy(y + i * to.spec.padded, x + input_->logit_rows[i] * ldx,
+                      static_cast<size_t>(to.spec.width) * 4);
+        }
+      });
       return;
     }
   }
 }
 
-void Program::run_encode(const Node& node, int thread) {
+void Program::run_encode(const Node& node, Range mine, int thread) {
   const Buffer& to = buffers_[static_cast<size_t>(node.out[0])];
-  const int64_t rows = rows_of(to), ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
-  const Range mine = to.replicated ? Range{0, rows} : split(rows, thread, pool_->threads());
+  const int64_t ldx = buffers_[static_cast<size_t>(node.in[0])].spec.padded;
   const Rounding rounding = rounding_of(node);
   auto* gathered = reinterpret_cast<float*>(scratch_.data() + thread * scratch_bytes_);
   for (const Run& run : runs_of(to)) {
@@ -506,33 +529,31 @@ void Program::round_rows(const Node& node, const float* x, int64_t ldx, int64_t 
 }
 
 void Program::run_linears(const Node& node, int thread) {
-  const int threads = pool_->threads();
   if (node.gate) {
     run_gate(node, thread);
     return;
   }
-  // All terms' blocks in one line, cut evenly by bytes.
+  // The pairs of all terms' blocks in one line.
   int64_t total = 0;
-  for (const LinearTerm& t : node.terms) total += weight_of(t.products[0]).blocks() * columns_of(t);
-  const Range mine = split(total, thread, threads);
-  int64_t before = 0;
-  for (const LinearTerm& t : node.terms) {
-    const int64_t count = weight_of(t.products[0]).blocks(), columns = columns_of(t);
-    auto cut = [&](int64_t at) {
-      return std::clamp<int64_t>((at - before + columns - 1) / std::max<int64_t>(1, columns), 0, count);
-    };
-    const Range blocks = {mine.begin <= before ? 0 : cut(mine.begin), mine.end <= before ? 0 : cut(mine.end)};
-    before += count * columns;
-    const int64_t rows = rows_of(buffers_[static_cast<size_t>(t.output)]);
-    if (blocks.begin < blocks.end) run_linear(t, blocks.begin, blocks.end, 0, rows, thread);
-  }
+  for (const LinearTerm& t : node.terms) total += pairs_of(t);
+  share(node, total, kLeastPairs, thread, [&](Range mine) {
+    int64_t before = 0;
+    for (const LinearTerm& t : node.terms) {
+      const int64_t pairs = pairs_of(t);
+      const Range blocks = blocks_of(t, {std::clamp<int64_t>(mine.begin - before, 0, pairs),
+                                         std::clamp<int64_t>(mine.end - before, 0, pairs)});
+      before += pairs;
+      const int64_t rows = rows_of(buffers_[static_cast<size_t>(t.output)]);
+      if (blocks.begin < blocks.end) run_linear(t, blocks.begin, blocks.end, 0, rows, thread);
+    }
+  });
 }
 
-// Padded columns of all products of a term: what one of its blocks costs.
-int64_t Program::columns_of(const LinearTerm& t) const {
-  int64_t columns = 0;
-  for (const Product& p : t.products) columns += weight_of(p).kp;
-  return columns;
+int64_t Program::pairs_of(const LinearTerm& t) const { return (weight_of(t.products[0]).blocks() + 1) / 2; }
+
+Range Program::blocks_of(const LinearTerm& t, Range pairs) const {
+  const int64_t blocks = weight_of(t.products[0]).blocks();
+  return {std::min(2 * pairs.begin, blocks), std::min(2 * pairs.end, blocks)};
 }
 
 // Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
@@ -540,23 +561,24 @@ int64_t Program::columns_of(const LinearTerm& t) const {
 void Program::run_gate(const Node& node, int thread) {
   const LinearTerm &gate = node.terms[0], &up = node.terms[1];
   const Weight& w = weight_of(gate.products[0]);
-  const Range blocks = split(w.blocks(), thread, pool_->threads());
-  const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
-  if (begin >= end) return;
   const Buffer& to = buffers_[static_cast<size_t>(gate.output)];
   // The tiles of `prompts_in_bf16` decode int8's weights as well.
   const bool in_place =
       !kernels_->prompts_in_bf16 &&
       buffers_[static_cast<size_t>(gate.products[0].input)].spec.encoding == Encoding::kInt8;
   const int64_t rows = rows_of(to), panel = in_place ? kGateRows : std::max<int64_t>(1, rows);
-  for (int64_t row = 0; row < rows; row += panel) {
-    const int64_t count = std::min(panel, rows - row);
-    run_linear(gate, blocks.begin, blocks.end, row, count, thread);
-    run_linear(up, blocks.begin, blocks.end, row, count, thread);
-    float* g = f32(gate.output, thread) + row * to.spec.padded + begin;
-    const float* u = f32(up.output, thread) + row * to.spec.padded + begin;
-    kernels_->gated(g, u, g, to.spec.padded, count, end - begin, node.activation);
-  }
+  share(node, pairs_of(gate), kLeastPairs, thread, [&](Range pairs) {
+    const Range blocks = blocks_of(gate, pairs);
+    const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
+    for (int64_t row = 0; row < rows; row += panel) {
+      const int64_t count = std::min(panel, rows - row);
+      run_linear(gate, blocks.begin, blocks.end, row, count, thread);
+      run_linear(up, blocks.begin, blocks.end, row, count, thread);
+      float* g = f32(gate.output, thread) + row * to.spec.padded + begin;
+      const float* u = f32(up.output, thread) + row * to.spec.padded + begin;
+      kernels_->gated(g, u, g, to.spec.padded, count, end - begin, node.activation);
+    }
+  });
 }
 
 void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row,
@@ -635,26 +657,8 @@ void Program::run_attention(const Node& node, int thread) {
     pool_->barrier();
   }
 
-  const int64_t items = kernels_->attention_items(a);
-  std::vector<float>& costs = costs_[static_cast<size_t>(thread)];
-  if (static_cast<int64_t>(costs.size()) < items) costs.resize(static_cast<size_t>(items));
-  kernels_->attention_costs(a, costs.data());
-  double total = 0;
-  for (int64_t i = 0; i < items; ++i) total += costs[static_cast<size_t>(i)];
-  // Item i belongs to the thread in whose share of the total cost its middle lies.
-  int64_t begin = items, end = items;
-  double before = 0;
-  for (int64_t i = 0; i < items; ++i) {
-    const double middle = before + 0.5 * costs[static_cast<size_t>(i)];
-    before += costs[static_cast<size_t>(i)];
-    const int owner = std::min(threads - 1, static_cast<int>(middle * threads / std::max(total, 1e-30)));
-    if (owner == thread && begin == items) begin = i;
-    if (owner > thread) {
-      end = i;
-      break;
-    }
-  }
-  if (begin < end) kernels_->attention_spans(a, begin, end, scratch);
+  share(node, kernels_->attention_items(a), 1, thread,
+        [&](Range items) { kernels_->attention_spans(a, items.begin, items.end, scratch); });
   pool_->barrier();
   const bool alone = buffers_[static_cast<size_t>(node.out[0])].replicated;
   kernels_->attention_commit(a, rows.begin, rows.end, scratch);

@@ -12,6 +12,7 @@
 #include "runtime/arena.h"
 #include "runtime/kv.h"
 #include "runtime/pool.h"
+#include "runtime/shares.h"
 
 namespace gm {
 
@@ -163,15 +164,20 @@ class Program {
     return reinterpret_cast<float*>(at(b, thread) + b.scale_at);
   }
   void run_thread(int thread);
+  template <class Fn>
+  void share(const Node& node, int64_t units, int64_t least, int thread, Fn fn);
+  template <class Fn>
+  void share(const Node& node, const Buffer& to, int thread, Fn fn);
   void run_node(const Node& node, int thread);
-  void run_encode(const Node& node, int thread);
+  void run_encode(const Node& node, Range mine, int thread);
   void round_rows(const Node& node, const float* x, int64_t ldx, int64_t rows, float* out, int thread);
   void run_linears(const Node& node, int thread);
   void run_gate(const Node& node, int thread);
   void run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row, int64_t rows,
                   int thread);
   const Weight& weight_of(const Product& p) const { return weights_[static_cast<size_t>(p.weight)]; }
-  int64_t columns_of(const LinearTerm& t) const;
+  int64_t pairs_of(const LinearTerm& t) const;
+  Range blocks_of(const LinearTerm& t, Range pairs) const;
   void run_attention(const Node& node, int thread);
 
   const KernelTable* kernels_;
@@ -197,7 +203,7 @@ class Program {
   int64_t reserved_tokens_ = 0, reserved_logits_ = 0;
   std::vector<char> barrier_before_;
   std::vector<AttentionSequence> sequences_;  // [layer][sequence]
-  std::vector<std::vector<float>> costs_;     // per thread
+  Shares shares_;                             // of the nodes
   Arena workspace_, scratch_, partials_;
   int64_t scratch_bytes_ = 0;
   int32_t stop_[2] = {0, 0};

@@ -208,8 +208,6 @@ struct KernelTable {
   // spans: items as counted by attention_items. Writes the results of long sequences, partial results of the
   // others.
   int64_t (*attention_items)(const AttentionArgs& a);
-  // Relative cost of the items, to split them evenly: costs[items].
-  void (*attention_costs)(const AttentionArgs& a, float* costs);
   int64_t (*attention_partial_floats)(const AttentionArgs& a);
   void (*attention_spans)(const AttentionArgs& a, int64_t item_begin, int64_t item_end, void* scratch);
   // commit, beside merge: writes the keys and values that stay as they are of the rows in [row_begin,
@@ -254,7 +252,8 @@ struct AmxShape {
     const int64_t chunks = (columns + 255) / 256;
     return (groups + chunks - 1) / chunks;
   }
-  // Dots and strips of two chunks, and a panel's sums and packed rows.
+  // Dots and strips of two chunks, and a panel's sums and packed rows. Dots have three groups' room to move
+  // in and end with a page.
   int64_t scratch_bytes(int64_t rows) const {
     return 2 * (chunk() * (1024 + width * 16) + 7168) + panel(rows) * (64 + columns + groups * kAmxSideBytes);
   }
