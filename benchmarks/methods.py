@@ -39,6 +39,13 @@ CLAIMS = (
 """Recipes for which the papers claim something on models with outliers."""
 BASELINES = ("bf16", "stored", "rtn")
 """What every method's own table begins with."""
+BESIDE = {
+    "comet": ("w4a4", "w4a8"),
+    "svdquant": ("w4a4",),
+    "flexq": ("w6a6", "w6a8", "w8a8"),
+    "marlin": ("gptq",),
+}
+"""Further rows of a method's table: what it is to be compared with."""
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 
 
@@ -157,7 +164,7 @@ def write(result: Mapping[str, Any]) -> None:
     plain = result["plain"]
     for name in methods.names():
         used = {row["name"] for row in plain["results"] if name in row["methods"]}
-        fill(PAGE.with_name(f"{name}.md"), table(result, {*used, *BASELINES}))
+        fill(PAGE.with_name(f"{name}.md"), table(result, {*used, *BASELINES, *BESIDE.get(name, ())}))
     evidence = {}
     for row in plain["results"]:
         for name in row["methods"]:

@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,11 @@ from readme import fill
 
 from gristmill.errors import GristmillError, UsageError
 from gristmill.io.checkpoint import Checkpoint
+from gristmill.io.expected import bits_per_weight, expected_tensors
 from gristmill.io.json_file import read_object
 from gristmill.io.safetensors import SafetensorsFile
 from gristmill.methods.compress import compress
 from gristmill.methods.recipe import Recipe
-from gristmill.models import build_program
 
 OUT = HERE / "results" / "quants.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -160,17 +159,18 @@ def _compressed(recipe: Recipe, say: Say) -> Quant:
 
 def _linears(directory: Path) -> dict[str, tuple[int, ...]]:
     """The matrices of the blocks, as the config has them."""
-    weights = build_program(read_object(directory / "config.json")).weights
-    return {n: w.shape for n, w in weights.items() if ".layers." in n and len(w.shape) == 2}
+    shapes = expected_tensors(read_object(directory / "config.json"))
+    return {n: shape for n, shape in shapes.items() if ".layers." in n and len(shape) == 2}
 
 
 def directory_bits(directory: Path) -> float:
     """Bits per weight of the blocks' linears: all that is stored of blocks but for their norms."""
-    weights = build_program(read_object(directory / "config.json")).weights
-    vectors = {name for name, weight in weights.items() if len(weight.shape) == 1}
+    shapes = expected_tensors(read_object(directory / "config.json"))
     file = SafetensorsFile(directory / "model.safetensors")
-    stored = sum(e.nbytes for n, e in file.entries.items() if "layers." in n and n not in vectors)
-    return 8 * stored / sum(map(prod, _linears(directory).values()))
+    return bits_per_weight(
+        {name: shape for name, shape in shapes.items() if "layers." in name},
+        {name: entry.nbytes for name, entry in file.entries.items() if "layers." in name},
+    )
 
 
 def gguf_bits(path: Path) -> float:

@@ -2,6 +2,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -50,30 +51,40 @@ gm::Weight weight(gm::Storage storage, int64_t n, int64_t k, int64_t kp, int64_t
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-  m.def(
-      "share_out",
-      [](int threads, int64_t units, int64_t least, int64_t rounds) {
-        gm::Pool pool(threads);
-        gm::Shares shares;
-        shares.resize(2, threads);
-        std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(2 * units));
-        for (int64_t i = 0; i < rounds; ++i) {
-          shares.renew();
-          pool.run([&](int thread) {
-            for (size_t piece = 0; piece < 2; ++piece) {
-              for (;;) {
-                const gm::Range r = shares.take(piece, units, least, thread);
-                if (r.begin == r.end) break;
-                for (int64_t u = r.begin; u < r.end; ++u)
-                  ++taken[piece * static_cast<size_t>(units) + static_cast<size_t>(u)];
-              }
+  nb::class_<gm::Shares>(m, "Shares")
+      .def(
+          "__init__",
+          [](gm::Shares* self, size_t pieces, int threads) {
+            new (self) gm::Shares();
+            self->resize(pieces, threads);
+          },
+          "pieces"_a, "threads"_a)
+      .def("renew", &gm::Shares::renew)
+      .def(
+          "take",
+          [](gm::Shares& self, size_t piece, int64_t units, int64_t least, int thread) {
+            const gm::Range r = self.take(piece, units, least, thread);
+            return std::make_tuple(r.begin, r.end);
+          },
+          "piece"_a, "units"_a, "least"_a, "thread"_a)
+      .def(
+          "share_out",
+          [](gm::Shares& self, gm::Pool& pool, int64_t units, int64_t least, int64_t rounds) {
+            std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(units));
+            for (int64_t i = 0; i < rounds; ++i) {
+              self.renew();
+              pool.run([&](int thread) {
+                for (;;) {
+                  const gm::Range r = self.take(0, units, least, thread);
+                  if (r.begin == r.end) return;
+                  for (int64_t u = r.begin; u < r.end; ++u) ++taken[static_cast<size_t>(u)];
+                }
+              });
             }
-          });
-        }
-        return std::vector<int64_t>(taken.begin(), taken.end());
-      },
-      "threads"_a, "units"_a, "least"_a, "rounds"_a,
-      "How often each unit of two pieces of work was taken in all rounds.");
+            return std::vector<int64_t>(taken.begin(), taken.end());
+          },
+          "pool"_a, "units"_a, "least"_a, "rounds"_a,
+          "How often each unit of piece 0 was taken in all rounds, by the pool's threads at once.");
   m.def(
       "encode_int8",
       [](const std::string& level, In<float> x, int64_t group, int64_t kp, In<float> limits,

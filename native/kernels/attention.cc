@@ -1183,14 +1183,19 @@ void attention_spans(const AttentionArgs& a, int64_t item_begin, int64_t item_en
   const auto run = a.kv == KvFormat::kF32 ? run_item<Math::kF32>
                    : a.bf16_math          ? (plain ? run_item<Math::kBf16> : run_item<Math::kCodes>)
                                           : (plain ? run_item<Math::kWide> : run_item<Math::kWideCodes>);
+  // One more, which is not run: what is taken next most likely begins with it.
   Item item{};
+  int64_t left = item_end - item_begin;
   bool first = true;
-  each_item(a, item_begin, item_end, [&](const Item& next) {
-    if (!first) run(a, item, next.partial >= 0 ? &next : nullptr, scratch);
+  each_item(a, item_begin, item_end + 1, [&](const Item& next) {
+    if (!first) {
+      run(a, item, next.partial >= 0 ? &next : nullptr, scratch);
+      --left;
+    }
     item = next;
     first = false;
   });
-  if (!first) run(a, item, nullptr, scratch);
+  if (left > 0) run(a, item, nullptr, scratch);
 }
 
 void attention_commit(const AttentionArgs& a, int64_t row_begin, int64_t row_end, void* scratch) {

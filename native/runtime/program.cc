@@ -16,9 +16,9 @@ constexpr int64_t kPrivateValues = 8192;
 // Rows of a gate and its partner that are computed before they are combined: six tiles of 12.
 constexpr int64_t kGateRows = 72;
 
-// The least that a thread takes of a node at once: rows, and pairs of weight blocks, which kernels of few
-// rows and those of tiles work on together.
-constexpr int64_t kLeastRows = 8, kLeastPairs = 4;
+// What a thread takes at once of rows, and of weights: in fours of blocks, as kernels work on two or four at
+// a time. Kernels that pack their rows do so in every call, so with many rows they get more.
+constexpr int64_t kLeastRows = 8, kLeastFours = 2, kLeastPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -118,12 +118,16 @@ void Program::add_node(Node node) {
     if (!good) throw std::invalid_argument("node '" + node.name + "' rounds what it cannot");
   }
   if (!good) throw std::invalid_argument("node '" + node.name + "' names an unknown buffer or weight");
+  // Threads share the rows or blocks of these, whatever else they do with copies of their own.
+  const auto shared = [this](int64_t b) { return !buffers_[static_cast<size_t>(b)].spec.private_copies; };
+  for (const LinearTerm& t : node.terms) good &= shared(t.output);
+  if (node.op == Op::kAdd || node.op == Op::kEmbedding) good &= shared(node.out[0]);
+  if (!good) throw std::invalid_argument("node '" + node.name + "' writes to a buffer with private copies");
   for (const LinearTerm& t : node.terms) {
     for (const Product& p : t.products) phased_ |= p.prompt_input >= 0;
   }
   nodes_.push_back(std::move(node));
   times_.push_back({nodes_.back().name, 0.0});
-  shares_.resize(nodes_.size(), pool_->threads());
   reserved_tokens_ = reserved_logits_ = 0;
 }
 
@@ -168,6 +172,7 @@ void Program::check(const StepInput& in) const {
 
 void Program::reserve(int64_t tokens, int64_t logits) {
   if (tokens <= reserved_tokens_ && logits <= reserved_logits_) return;
+  shares_.resize(nodes_.size(), pool_->threads());
   reserved_tokens_ = std::max(tokens, reserved_tokens_);
   reserved_logits_ = std::max(logits, reserved_logits_);
   const int threads = pool_->threads();
@@ -533,27 +538,41 @@ void Program::run_linears(const Node& node, int thread) {
     run_gate(node, thread);
     return;
   }
-  // The pairs of all terms' blocks in one line.
+  // The blocks of all terms in one line.
   int64_t total = 0;
-  for (const LinearTerm& t : node.terms) total += pairs_of(t);
-  share(node, total, kLeastPairs, thread, [&](Range mine) {
+  for (const LinearTerm& t : node.terms) total += fours_of(t);
+  share(node, total, least_of(node), thread, [&](Range mine) {
     int64_t before = 0;
     for (const LinearTerm& t : node.terms) {
-      const int64_t pairs = pairs_of(t);
-      const Range blocks = blocks_of(t, {std::clamp<int64_t>(mine.begin - before, 0, pairs),
-                                         std::clamp<int64_t>(mine.end - before, 0, pairs)});
-      before += pairs;
+      const int64_t fours = fours_of(t);
+      const Range blocks = blocks_of(t, {std::clamp<int64_t>(mine.begin - before, 0, fours),
+                                         std::clamp<int64_t>(mine.end - before, 0, fours)});
+      before += fours;
       const int64_t rows = rows_of(buffers_[static_cast<size_t>(t.output)]);
       if (blocks.begin < blocks.end) run_linear(t, blocks.begin, blocks.end, 0, rows, thread);
     }
   });
 }
 
-int64_t Program::pairs_of(const LinearTerm& t) const { return (weight_of(t.products[0]).blocks() + 1) / 2; }
+int64_t Program::fours_of(const LinearTerm& t) const { return (weight_of(t.products[0]).blocks() + 3) / 4; }
 
-Range Program::blocks_of(const LinearTerm& t, Range pairs) const {
+Range Program::blocks_of(const LinearTerm& t, Range fours) const {
   const int64_t blocks = weight_of(t.products[0]).blocks();
-  return {std::min(2 * pairs.begin, blocks), std::min(2 * pairs.end, blocks)};
+  return {std::min(4 * fours.begin, blocks), std::min(4 * fours.end, blocks)};
+}
+
+int64_t Program::least_of(const Node& node) const {
+  const bool tiles = kernels_->prompts_in_bf16;
+  for (const LinearTerm& t : node.terms) {
+    if (rows_of(buffers_[static_cast<size_t>(t.output)]) <= kManyRows) continue;
+    for (const Product& p : t.products) {
+      const Weight& w = weight_of(p);
+      const Encoding input = buffers_[static_cast<size_t>(p.input)].spec.encoding;
+      if (!w.integer() || input == Encoding::kF32) continue;
+      if (input == Encoding::kInt8 ? tiles : !tiles || w.group > 32) return kLeastPackedFours;
+    }
+  }
+  return kLeastFours;
 }
 
 // Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
@@ -567,8 +586,8 @@ void Program::run_gate(const Node& node, int thread) {
       !kernels_->prompts_in_bf16 &&
       buffers_[static_cast<size_t>(gate.products[0].input)].spec.encoding == Encoding::kInt8;
   const int64_t rows = rows_of(to), panel = in_place ? kGateRows : std::max<int64_t>(1, rows);
-  share(node, pairs_of(gate), kLeastPairs, thread, [&](Range pairs) {
-    const Range blocks = blocks_of(gate, pairs);
+  share(node, fours_of(gate), least_of(node), thread, [&](Range fours) {
+    const Range blocks = blocks_of(gate, fours);
     const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
     for (int64_t row = 0; row < rows; row += panel) {
       const int64_t count = std::min(panel, rows - row);

@@ -457,7 +457,9 @@ def evaluate(*, model: str, as_json: bool, **options: Any) -> None:
     help="With --program: a step of this many sequences x tokens held. [default: 1x512]",
 )
 @click.option("--prefill", type=int, help="With --program: a step of a prompt of this many tokens.")
-@click.option("--verify", is_flag=True, help="Compare every tensor of a checkpoint with its hash first.")
+@click.option(
+    "--verify", is_flag=True, help="Compare all tensors and files of a checkpoint with their hashes first."
+)
 @click.option(
     "--kv-dtype",
     type=click.Choice(KV_DTYPES),

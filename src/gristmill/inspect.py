@@ -42,17 +42,19 @@ def run(
     """A model as plain JSON data, without running it.
 
     weights: None reads the model as it is; a mode (`stored`, `int4`, ...) its converted form, which is made
-    if it is not in the cache yet. verify: compare the tensors of a checkpoint with the hashes written beside
-    them; the result then has `verified`, how many there were.
+    if it is not in the cache yet. verify: compare the tensors and files of a checkpoint with the hashes in
+    its report; the result then has `verified`, how many tensors there were.
 
     Returns model, kind (gguf, hf, checkpoint), name, files, architecture, supported (and reason, if not),
-    config (sizes; None if not supported), parameters, weight_bytes, bits_per_weight (over the matrices),
-    formats (totals per tensor format), kv_bytes_per_token (by KV format, of a token that all layers keep),
-    tokenizer, tensors. A model of an unknown architecture is described as far as its headers go.
+    config (sizes; None if not supported), parameters, weight_bytes, bits_per_weight (of the matrices; what
+    a recipe has added counts as bytes, not as weights), formats (totals per tensor format),
+    kv_bytes_per_token (by KV format, of a token that all layers keep), tokenizer, tensors. A model of an
+    unknown architecture is described as far as its headers go.
 
     Raises ModelError for what is not a model, or is damaged.
     """
     from gristmill.io import hub
+    from gristmill.io.expected import bits_per_weight
 
     source = hub.resolve(_converted(model, weights, progress) if weights is not None else model)
     checked: dict[str, int] = {}
@@ -64,8 +66,9 @@ def run(
         checked["verified"] = Checkpoint.open(source.path).verify()
     found = {"gguf": _gguf, "hf": _huggingface, "checkpoint": _checkpoint}[source.kind](source)
     tensors: Sequence[Tensor] = found.pop("tensors")
-    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
-    entries = sum(prod(tensor.shape) for tensor in matrices)
+    base = found.pop("base", {tensor.name: tensor.shape for tensor in tensors})
+    stored = {tensor.name: tensor.nbytes for tensor in tensors}
+    matrices = any(len(shape) == 2 and prod(shape) for shape in base.values())
     config, reason = _sizes(found.pop("config"), found.pop("reason", None))
     return {
         "model": str(model),
@@ -78,7 +81,7 @@ def run(
         "config": _config(config) if config is not None else None,
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
         "weight_bytes": sum(tensor.nbytes for tensor in tensors),
-        "bits_per_weight": 8 * sum(tensor.nbytes for tensor in matrices) / entries if entries else None,
+        "bits_per_weight": bits_per_weight(base, stored) if matrices else None,
         "formats": _formats(tensors),
         "kv_bytes_per_token": _kv_bytes(config) if config is not None else None,
         "tensors": [
@@ -279,6 +282,7 @@ def _joined(config: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor
 
 def _checkpoint(source: Source) -> dict[str, Any]:
     from gristmill.io.checkpoint import Checkpoint
+    from gristmill.io.expected import expected_tensors
     from gristmill.io.json_file import read_object
 
     checkpoint = Checkpoint.open(source.path)
@@ -296,6 +300,7 @@ def _checkpoint(source: Source) -> dict[str, Any]:
         "name": _text(name) or source.path.name,
         "architecture": _architecture(checkpoint.config),
         "config": checkpoint.config,
+        "base": expected_tensors(checkpoint.config),
         "tokenizer": _tokenizer(source.path),
         "tensors": tensors,
     }

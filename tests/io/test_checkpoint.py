@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gristmill import inspect
 from gristmill.errors import ModelError
 from gristmill.formats import group_int
 from gristmill.formats.packed import decode
 from gristmill.io import checkpoint, safetensors
 from gristmill.io.checkpoint import Checkpoint, Matrix, Vector, is_checkpoint
 from gristmill.io.convert import import_gguf
+from gristmill.io.expected import bits_per_weight
 from tests.kits.files import config, weights, write_gguf
 from tests.kits.hostile import MEMORY_LIMIT, assert_refused, traced_peak
 
@@ -64,6 +66,25 @@ def test_bits_per_weight_counts_everything(made: Path) -> None:
     assert opened.specs["model.embed_tokens.weight"].bits_per_weight == 8.5
 
 
+def test_bits_per_weight_by_hand(made: Path) -> None:
+    """The GGUF file, its checkpoint and the report agree; norms do not count."""
+    rest = 2 * 256 * 256 + 2 * 128 * 256 + 2 * 256 * 512  # q and o, k and v, gate and down in f32
+    up, head = 256 * 512, 272 * 256  # Q4_1: 5 bits; Q8_0: 8.5 bits
+    bits = (32 * rest + 5 * up + 8.5 * head) / (rest + up + head)
+    assert Checkpoint.open(made).bits_per_weight == bits
+    assert json.loads((made / "report.json").read_text())["bits_per_weight"] == bits
+    assert inspect.run(made)["bits_per_weight"] == bits
+    assert inspect.run(made.parent / "x.gguf")["bits_per_weight"] == bits
+
+
+def test_what_is_added_counts_as_bits_alone() -> None:
+    base = {"m": (16, 32), "n": (32,)}
+    assert bits_per_weight(base, {"m": 256, "n": 128}) == 4
+    assert bits_per_weight(base, {"m.codes": 256, "m.scales": 32, "n": 128}) == 4.5
+    added = {"m.down": 64, "m.up": 32, "m.order": 128, "a.key_scale": 32}
+    assert bits_per_weight(base, {"m": 256, "n": 128, **added}) == 8
+
+
 def test_extents_are_where_the_arrays_are(made: Path) -> None:
     opened = Checkpoint.open(made)
     for name in opened.names():
@@ -109,6 +130,57 @@ def test_verify(copy: Path) -> None:
             file.seek(extent.offset + extent.nbytes - 1)
             file.write(bytes([byte]))
     assert Checkpoint.open(copy).verify() == count
+
+
+OTHER_FILES: dict[str, Callable[[str], str]] = {
+    "config.json": lambda text: text.replace('"rope_theta": 1', '"rope_theta": 2'),
+    "recipe.yaml": lambda text: text.replace("methods: []", "methods: [{method: rtn}]"),
+    "tokenizer.json": lambda text: text + " ",
+    "tokenizer_config.json": lambda text: "{}",
+    "generation_config.json": lambda text: '{"temperature": 5}',
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_verify_finds_a_change_in_a_file(copy: Path, name: str) -> None:
+    before = (copy / name).read_text()
+    after = OTHER_FILES[name](before)
+    assert after != before
+    (copy / name).write_text(after)
+    assert_refused(Checkpoint.open(copy).verify, rf"{name} is not what was written \(SHA-256 differs\)")
+    assert_refused(lambda: inspect.run(copy, verify=True), rf"{name} is not what was written")
+    (copy / name).write_text(before)
+    assert Checkpoint.open(copy).verify() > 0
+    if name != "config.json":
+        opened = Checkpoint.open(copy)
+        (copy / name).unlink()
+        assert_refused(opened.verify, rf"{name} is missing")
+
+
+@pytest.mark.parametrize("change", [{"offset": 1}, {"activations": "fast"}])
+def test_verify_finds_a_change_in_the_formats(copy: Path, change: dict[str, Any]) -> None:
+    def changed(value: dict[str, Any]) -> None:
+        (tensors(value)[UP] if "offset" in change else value["quantization_config"]).update(change)
+
+    rewrite(copy, changed)
+    assert_refused(Checkpoint.open(copy).verify, r"config\.json is not what was written")
+
+
+def test_verify_finds_a_file_that_was_added(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text("x")
+    assert_refused(Checkpoint.open(copy).verify, r"chat_template\.jinja was not there when")
+
+
+def test_verify_takes_older_checkpoints(copy: Path) -> None:
+    """Their reports have hashes of arrays alone, which still count."""
+    report = json.loads((copy / "report.json").read_text())
+    report["sha256"] = {k: v for k, v in report["sha256"].items() if "." in k and k.startswith("model.")}
+    (copy / "report.json").write_text(json.dumps(report))
+    rewrite(copy, lambda value: value.update(rope_theta=20000.0))
+    assert Checkpoint.open(copy).verify() == len(report["sha256"])
+    report["sha256"][NORM] = "0"
+    (copy / "report.json").write_text(json.dumps(report))
+    assert_refused(Checkpoint.open(copy).verify, f"{NORM} is not what was written")
 
 
 def test_verify_needs_hashes(copy: Path) -> None:

@@ -99,6 +99,7 @@ def test_equals_merged_weights(
     ids = models.tokens(30, executor.vocab_size)
     assert models.relative_error(models.logits(executor, ids, [30]), expected) < 1e-5
     assert checkpoint.weight_bytes > Checkpoint.open(path).weight_bytes
+    assert checkpoint.bits_per_weight > Checkpoint.open(path).bits_per_weight
 
 
 def test_two_adapters_and_root_scaling(base: tuple[Path, files.Tensors], tmp_path: Path) -> None:

@@ -129,13 +129,13 @@ def save(directory: Path, of: Mapping[str, Any], seed: int = 0) -> tuple[Path, f
     return files.write_huggingface(directory, of, tensors), tensors
 
 
-def check_rounded(found: NDArray[Any], expected: NDArray[Any]) -> None:
+def check_rounded(found: NDArray[Any], expected: NDArray[Any], most: float = 0.1) -> None:
     """Holds logits [tokens, vocab] of a model whose inputs are rounded against an oracle's.
 
     A value next to a tie may take another code, and what follows then differs by as much as a code does; a
-    row before any such place is the oracle's but for float32.
+    row before any such place is the oracle's but for float32. most: bound of all rows' errors.
     """
     rows = np.abs(found - expected).max(-1) / np.abs(expected).max()
     assert np.all(np.isfinite(rows))
     assert rows.min() < 1e-5
-    assert rows.max() < 0.1
+    assert rows.max() < most

@@ -13,15 +13,16 @@ import pytest
 from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
-from gristmill.errors import ModelError, UsageError
+from gristmill.errors import Cancelled, GristmillError, ModelError, UsageError
 from gristmill.formats import group_int
+from gristmill.formats.packed import Packed
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.convert import prepare
 from gristmill.methods import method
 from gristmill.methods.base import Method, Options
 from gristmill.methods.compress import compress, identity
 from gristmill.methods.draft import Draft
-from gristmill.methods.recipe import Entry, Recipe
+from gristmill.methods.recipe import Calibration, Entry, Recipe
 from gristmill.program.edits import round_inputs
 from gristmill.program.nodes import Program
 from tests.kits import models
@@ -67,7 +68,8 @@ def test_writes_a_model(small: Path, tmp_path: Path) -> None:
     assert not made.edited
     assert report["bits_per_weight"] == made.bits_per_weight
     assert Recipe.from_yaml((out / "recipe.yaml").read_text()).entries[0].patterns == ("*mlp*",)
-    assert made.verify() == len(report["sha256"])
+    assert {"config.json", "recipe.yaml"} <= set(report["sha256"])
+    assert made.verify() == len(report["sha256"]) - 2
     assert not list(out.parent.glob(".*"))
     ids = models.tokens(20, made.program().vocab_size)
     expected = models.logits(ReferenceExecutor.load(made), ids, [20])
@@ -187,10 +189,139 @@ def test_a_program_cannot_be_taken_away_or_put_in(small: Path, tmp_path: Path) -
 
 def test_groups_that_do_not_fit_are_refused(small: Path, tmp_path: Path) -> None:
     text = "methods: [{method: round_activations, group: 64}, {method: rtn, group: 32}]"
-    with pytest.raises(UsageError, match="groups of 64 columns, its weights in groups of 32"):
-        compress(small, Recipe.from_yaml(text), tmp_path / "out", evaluate=False)
+    message = r"^r\.yaml, line 1: .* in groups of 64 columns, rtn \(line 1\) its weights in groups of 32"
+    with pytest.raises(UsageError, match=message):
+        compress(small, Recipe.from_yaml(text, "r.yaml"), tmp_path / "out", evaluate=False)
     assert not list(tmp_path.iterdir())
     compress(small, Recipe.from_yaml(text.replace("32", "64")), tmp_path / "out", evaluate=False)
+
+
+def test_groups_that_no_method_told_of_are_refused(small: Path, tmp_path: Path) -> None:
+    """As `Interrupting` rounds one input in groups of 32 and says nothing of it."""
+    entries = (Entry(Interrupting(), Options(), ("*.1.*",), 1), *Recipe.load("rtn").entries)
+    entries = (entries[0], Entry(entries[1].method, entries[1].options, ("*.0.*",), 2))
+    with pytest.raises(UsageError, match="rounded in groups of 32 columns, its weights in groups of 64"):
+        compress(small, Recipe(entries), tmp_path / "out", evaluate=False)
+    assert not (tmp_path / "out").exists()
+
+
+class SlowOptions(Options):
+    """What `Slow` rounds to."""
+
+    bits: int = 4
+
+
+class Slow(Method[SlowOptions]):
+    """Rounds tensor by tensor and counts those that it has not found done."""
+
+    name = "slow"
+    options = SlowOptions
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    def slots(self, options: SlowOptions) -> Sequence[str]:
+        return ("rounding",)
+
+    def apply(self, draft: Draft, options: SlowOptions, tensors: Sequence[str]) -> None:
+        for name in tensors:
+
+            def packed(name: str = name) -> dict[str, Packed]:
+                self.computed += 1
+                values = draft.weight(name)
+                return {name: group_int.round_group_int(values, bits=options.bits, group=32, symmetric=True)}
+
+            draft.pack_once(name, [name], packed)
+
+
+class PickyOptions(Options):
+    """What `Picky` raises."""
+
+    fails: bool = True
+
+
+class Picky(Method[PickyOptions]):
+    """Fails where it is told to, after its first step."""
+
+    name = "picky"
+    options = PickyOptions
+    error: GristmillError = UsageError("scales can be moved nowhere")
+
+    def slots(self, options: PickyOptions) -> Sequence[str]:
+        return ("kv_format",)
+
+    def apply(self, draft: Draft, options: PickyOptions, tensors: Sequence[str]) -> None:
+        draft.once("picky", lambda: {"x": np.ones(1, np.float32)})
+        if options.fails:
+            raise self.error
+
+
+def slow_and_picky(*, bits: int = 4, fails: bool = True, floats: str = "bf16") -> tuple[Recipe, Slow]:
+    slow = Slow()
+    entries = (
+        Entry(slow, SlowOptions(bits=bits), ("*mlp*",), 3),
+        Entry(Picky(), PickyOptions(fails=fails), (), 6),
+    )
+    return Recipe(entries, "r", floats=floats, where="mine.yaml"), slow
+
+
+@pytest.mark.parametrize("kind", [UsageError, ModelError, Cancelled])
+def test_errors_of_methods_name_the_line(
+    kind: type[GristmillError], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Picky, "error", kind("no place"))
+    with pytest.raises(kind, match=r"^mine\.yaml, line 6: picky: no place$") as caught:
+        compress(small, slow_and_picky()[0], tmp_path / "out", evaluate=False)
+    assert type(caught.value) is kind
+
+
+def test_a_corrected_recipe_resumes(small: Path, tmp_path: Path) -> None:
+    failing, first = slow_and_picky()
+    with pytest.raises(UsageError, match="nowhere"):
+        compress(small, failing, tmp_path / "out", evaluate=False)
+    assert first.computed == 6
+    again, second = slow_and_picky()
+    with pytest.raises(UsageError, match="nowhere"):
+        compress(small, again, tmp_path / "out", evaluate=False)
+    corrected, third = slow_and_picky(fails=False, floats="f32")
+    compress(small, corrected, tmp_path / "out", evaluate=False)
+    assert (second.computed, third.computed) == (0, 0)
+    fresh, fourth = slow_and_picky(fails=False, floats="f32")
+    compress(small, fresh, tmp_path / "fresh", evaluate=False)
+    assert fourth.computed == 6
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "fresh"}
+
+
+def test_steps_of_another_recipe_are_not_taken(small: Path, tmp_path: Path) -> None:
+    """Not even where they have the same names: the bits, the text or the model were others."""
+    with pytest.raises(UsageError, match="nowhere"):
+        compress(small, slow_and_picky()[0], tmp_path / "out", evaluate=False)
+    work = tmp_path / ".out.partial"
+    before = {path.name for path in (work / "steps").iterdir()}
+    assert len(before) == 2
+    other, slow = slow_and_picky(bits=8)
+    with pytest.raises(UsageError, match="nowhere"):
+        compress(small, other, tmp_path / "out", evaluate=False)
+    assert slow.computed == 6
+    # What it cannot use is gone: the directory does not grow with every attempt.
+    after = {path.name for path in (work / "steps").iterdir()}
+    assert len(after) == 2
+    assert not before & after
+    last, slow = slow_and_picky(bits=8, fails=False)
+    text = Recipe(last.entries, "r", Calibration(seed=1), where="mine.yaml")
+    compress(small, text, tmp_path / "out", evaluate=False)
+    assert slow.computed == 6
+    assert Checkpoint.open(tmp_path / "out").specs["model.layers.0.mlp.up_proj.weight"].bits == 8
+    assert not work.exists()
+
+
+def test_a_failure_before_the_first_step_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    text = "methods:\n- {method: round_activations}\n- {method: rtn}"
+    compress(small, Recipe.from_yaml(text), tmp_path / "out", evaluate=False)
+    with pytest.raises(UsageError, match=r"^again\.yaml, line 2: round_activations: the input of .* already"):
+        compress(tmp_path / "out", Recipe.from_yaml(text, "again.yaml"), tmp_path / "b", evaluate=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_the_identity_covers_the_calibration_text(

@@ -408,14 +408,24 @@ def test_bias_and_accumulation() -> None:
             np.testing.assert_array_equal(run(level, arithmetic, case, x, into=start), start + plain)
 
 
-def test_blocks_are_independent() -> None:
-    level = LEVELS[-1]
-    case = make("q4_min", 100, 64)
-    x = np.random.default_rng(4).standard_normal((2, 64)).astype(np.float32)
-    whole = run(level, "int8", case, x)
-    part = run(level, "int8", case, x, blocks=(2, 7))
-    np.testing.assert_array_equal(part[:, 32:100], whole[:, 32:100])
-    assert np.isnan(part[:, :32]).all()
+@pytest.mark.parametrize("level", list(dict.fromkeys(LEVELS + TILED)))
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_cut_of_the_blocks_gives_the_same(level: str, name: str) -> None:
+    """Threads take ranges of fours of blocks, as they come."""
+    case = make(name, 16 * 11 + 3, 160)
+    x = np.random.default_rng(4).standard_normal((37, 160)).astype(np.float32)
+    for arithmetic in arithmetics(case.packed.spec):
+        for rows in (1, 3, 5, 25, 37):
+            part = np.ascontiguousarray(x[:rows])
+            whole = run(level, arithmetic, case, part)
+            for begin, end in [(0, 4), (4, 12), (8, 12), (2, 7)]:
+                got = run(level, arithmetic, case, part, blocks=(begin, end))
+                columns = slice(16 * begin, 16 * end)
+                np.testing.assert_array_equal(
+                    got[:, columns], whole[:, columns], err_msg=f"{arithmetic} {rows} rows {begin}:{end}"
+                )
+                assert np.isnan(got[:, : 16 * begin]).all()
+                assert np.isnan(got[:, 16 * end :]).all()
 
 
 def test_extreme_activations() -> None:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gristmill.io.expected import bits_per_weight, expected_tensors
 from gristmill.program.costs import parameters, weight_total
 
 if TYPE_CHECKING:
@@ -111,9 +112,9 @@ class Subject:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits in memory per weight, over all matrices: codes, scales, minimums and padding."""
-        matrices = self.executor.weights.values()
-        return 8 * sum(w.nbytes for w in matrices) / sum(w.rows * w.columns for w in matrices)
+        """Bits in memory for the matrices per weight of the config's model, adapters included."""
+        stored = {name: self.stored_bytes(name) for name in self.executor.program.weights}
+        return bits_per_weight(expected_tensors(_config(self.path)), stored)
 
     def head(self) -> str:
         """How the matrix of the output head is stored: f32, bf16, f16, int8 or int4."""

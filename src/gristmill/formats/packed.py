@@ -65,6 +65,11 @@ def unit(bits: int) -> int:
     return 32 // min(PLANES[bits])
 
 
+def group_step(bits: int, *, sparse: bool = False) -> int:
+    """What the columns of a group of codes (`sparse`: of sparse24's) are a multiple of."""
+    return _SPARSE_UNIT if sparse else max(8, unit(bits))
+
+
 @dataclass(frozen=True, slots=True)
 class PackedSpec:
     """Everything about a packed matrix but its bytes.
@@ -105,7 +110,7 @@ class PackedSpec:
             raise ModelError(f"{self.format} codes have 2, 3, 4, 5, 6 or 8 bits, not {self.bits}")
         if self.format == "sparse24" and (self.bits != 4 or self.offset != 8 or self.mins):
             raise ModelError("sparse24 codes have 4 bits, the offset 8 and no minimums")
-        step = _SPARSE_UNIT if self.format == "sparse24" else max(8, unit(self.bits))
+        step = group_step(self.bits, sparse=self.format == "sparse24")
         if not step <= self.group <= max(round_up(k, step), 1024) or self.group % step:
             raise ModelError(
                 f"groups of these {self.format} codes are multiples of {step} columns within the row, "

@@ -6,7 +6,8 @@ has scaled channels, smoothing.safetensors holds the scales, which only adapters
 The config is a Hugging Face one; its `quantization_config` has `"quant_method": "gristmill"`, `"version": 1`
 and under `tensors` the format of every matrix (see `gristmill.formats.packed`). A matrix `x` is stored as
 `x.codes`, `x.scales`, `x.mins` or `x.values`; norms and biases are float32 vectors under their own names.
-report.json holds the bytes, the bits per weight, where the model came from, and a SHA-256 per stored array.
+report.json, written last, holds the bytes, the bits per weight, where the model came from, and a SHA-256 per
+stored array and per other file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from numpy.typing import NDArray
 from gristmill.errors import ModelError
 from gristmill.formats.packed import DTYPES, ROWS, Packed, PackedSpec
 from gristmill.io import safetensors
-from gristmill.io.expected import Shapes, check_tensors, expected_tensors
+from gristmill.io.expected import Shapes, bits_per_weight, check_tensors, expected_tensors
+from gristmill.io.hub import SIDE_FILES
 from gristmill.io.json_file import parse_object, read_object
 from gristmill.io.mapped import map_file, read_small, short
 from gristmill.io.safetensors import SafetensorsFile, Writer, byte_view
@@ -38,7 +40,10 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Version of the directory's format."""
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+RECIPE = "recipe.yaml"
+REPORT = "report.json"
 PROGRAM = "program.json"
 SMOOTHING = "smoothing.safetensors"
 _PROGRAM_LIMIT = 64 << 20
@@ -101,7 +106,7 @@ def write(
     progress: Progress | None = None,
     label: str = "converting",
 ) -> None:
-    """Writes config, weights, recipe and report into an existing directory.
+    """Writes config, weights, recipe and report into a directory that holds the tokenizer's files already.
 
     program: what to run, if it is not what the config alone says; it names the same tensors as `items`.
     factors: of matrices whose rows or columns a recipe has scaled. adapters: whether adapters of the
@@ -142,13 +147,15 @@ def write(
         quantization["program"] = PROGRAM
     if not adapters:
         quantization["adapters"] = False
-    dump_json(directory / "config.json", {**config, "quantization_config": quantization})
-    matrices = [item.spec for item in items.values() if isinstance(item, Matrix)]
+    dump_json(directory / CONFIG, {**config, "quantization_config": quantization})
+    (directory / RECIPE).write_text(recipe, encoding="utf-8")
+    stored = {name: DTYPES[dtype].itemsize * prod(shape) for name, (dtype, shape) in layout.items()}
     figures = {
-        "bits_per_weight": 8 * sum(s.nbytes for s in matrices) / sum(prod(s.shape) for s in matrices),
-        "weight_bytes": sum(DTYPES[dtype].itemsize * prod(shape) for dtype, shape in layout.values()),
+        "bits_per_weight": bits_per_weight(expected_tensors(config), stored),
+        "weight_bytes": sum(stored.values()),
     }
     hashes = {name: digest.hexdigest() for name, digest in digests.items()}
+    hashes |= {name: _file_hash(directory / name) for name in _small_files(directory)}
     if program is not None:
         text = program.to_json().encode()
         (directory / PROGRAM).write_bytes(text)
@@ -159,8 +166,17 @@ def write(
         ]
         safetensors.write(directory / SMOOTHING, dict(axes))
         hashes[SMOOTHING] = hashlib.sha256(byte_view(map_file(directory / SMOOTHING))).hexdigest()
-    dump_json(directory / "report.json", {"version": VERSION, **report, **figures, "sha256": hashes})
-    (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    dump_json(directory / REPORT, {"version": VERSION, **report, **figures, "sha256": hashes})
+
+
+def _small_files(directory: Path) -> list[str]:
+    """The config, the recipe, the tokenizer's and other side files, as far as they are there."""
+    return [name for name in (CONFIG, RECIPE, *SIDE_FILES) if (directory / name).is_file()]
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shape(item: Item) -> tuple[int, ...]:
@@ -226,7 +242,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         """See `open`."""
         self.directory = directory
-        self.config = read_object(directory / "config.json")
+        self.config = read_object(directory / CONFIG)
         self.specs = read_specs(directory, self.config)
         self._file = SafetensorsFile(directory / WEIGHTS)
         self.activations = _activations(directory, self.config)
@@ -345,19 +361,24 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight over all matrices: codes, scales, minimums and padding."""
-        specs = self.specs.values()
-        return 8 * sum(spec.nbytes for spec in specs) / sum(prod(spec.shape) for spec in specs)
+        """Bits stored for the matrices per weight of the config's model, as `expected.bits_per_weight`."""
+        stored = {
+            name: self.specs[name].nbytes if name in self.specs else self._file.entries[name].nbytes
+            for name in self.names()
+        }
+        return bits_per_weight(expected_tensors(self.config), stored)
 
     def verify(self) -> int:
-        """Compares every stored array with its SHA-256 in report.json; returns how many there were.
+        """Compares all files and stored arrays with their SHA-256 in report.json; returns how many arrays.
 
-        ModelError names the first that differs or has no hash.
+        ModelError names the first that differs, is missing or has no hash. Older checkpoints have no hashes
+        of config, recipe and the tokenizer's files: they are verified by what they have.
         """
-        report = read_object(self.directory / "report.json")
+        report = read_object(self.directory / REPORT)
         hashes = report.get("sha256")
         if not isinstance(hashes, dict):
-            raise ModelError(f"{self.directory / 'report.json'} holds no hashes to verify against")
+            raise ModelError(f"{self.directory / REPORT} holds no hashes to verify against")
+        self._verify_files(hashes)
         if PROGRAM in hashes:
             text = read_small(self.directory / PROGRAM, _PROGRAM_LIMIT)
             if hashes.get(PROGRAM) != hashlib.sha256(text).hexdigest():
@@ -374,6 +395,19 @@ class Checkpoint:
                     f"{self._file.path}: the tensor {name} is not what was written (SHA-256 differs)"
                 )
         return len(self._file.entries)
+
+    def _verify_files(self, hashes: Mapping[str, Any]) -> None:
+        if CONFIG not in hashes:
+            return
+        for name in (CONFIG, RECIPE, *SIDE_FILES):
+            path = self.directory / name
+            if not path.is_file():
+                if name in hashes:
+                    raise ModelError(f"{path} is missing")
+            elif name not in hashes:
+                raise ModelError(f"{path} was not there when the checkpoint was written")
+            elif hashes[name] != _file_hash(path):
+                raise ModelError(f"{path} is not what was written (SHA-256 differs)")
 
 
 def _read_program(path: Path) -> Program | None:

@@ -7,6 +7,7 @@ exactly these (Hugging Face names; matrices as (rows, columns) = (outputs, input
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from gristmill.errors import ModelError
@@ -99,6 +100,19 @@ def expected_tensors(config: Mapping[str, Any]) -> Shapes:
     if not tied(config):
         result["lm_head.weight"] = (vocab, hidden)
     return result
+
+
+def bits_per_weight(base: Mapping[str, tuple[int, ...]], stored: Mapping[str, float]) -> float:
+    """Bits stored for a model's matrices, per weight of the matrices of its base.
+
+    base: shapes of the model that no recipe has changed (`expected_tensors`). stored: bytes by name, of whole
+    tensors or of their arrays. All of it counts but the vectors of the base, norms and biases: codes, scales,
+    minimums and padding, and what a recipe has added, low-rank factors, orders of columns and key scales,
+    which are bytes but no weights.
+    """
+    weights = sum(prod(shape) for shape in base.values() if len(shape) == 2)
+    nbytes = sum(size for name, size in stored.items() if name not in base or len(base[name]) == 2)
+    return 8 * nbytes / weights
 
 
 def check_tensors(where: str, expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,7 +1,7 @@
 """What a method is: a paper, options, the slots it fills, and what it does to a draft of a model.
 
 Slots are aspects of a tensor. *Stackable* ones may be filled by several methods, which act in recipe order;
-each names the slots that it must precede. *Exclusive* ones have one owner per tensor. `recipe.plan` finds
+some name slots that they must precede. *Exclusive* ones have one owner per tensor. `recipe.plan` finds
 conflicts before anything is computed.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from gristmill.formats.packed import group_step
 
 if TYPE_CHECKING:
     from gristmill.methods.draft import Draft
@@ -26,9 +28,9 @@ STACKABLE: dict[str, frozenset[str]] = {
     "pruning": frozenset({"rounding"}),
     "key_scaling": frozenset({"rounding", "low_rank"}),
 }
-"""Slots that several methods may fill, with what must follow each. (Rounding a tensor ends it.)"""
+"""What must follow the slots that have a place. (Rounding a tensor ends it.)"""
 
-EXCLUSIVE = ("rounding", "weight_format", "activation_encoding", "kv_format")
+EXCLUSIVE = ("low_rank", "key_scaling", "rounding", "weight_format", "activation_encoding", "kv_format")
 """Slots with one owner per tensor."""
 
 
@@ -36,6 +38,30 @@ class Options(BaseModel):
     """Base of every method's options: unknown names and values out of range are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CodeOptions(Options):
+    """Base of the options of methods that round weights: `bits` per code, `group` columns per scale."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group: Annotated[int, Field(ge=0, le=1024)] = 64
+
+    @field_validator("group")
+    @classmethod
+    def _whole_pieces(cls, group: int, info: ValidationInfo) -> int:
+        if "bits" in info.data:  # else they are refused already
+            check_group(group, info.data["bits"])
+        return group
+
+
+def check_group(group: int, bits: int, *, sparse: bool = False) -> None:
+    """ValueError unless codes of `bits` can be stored in groups of so many columns (0: the whole row)."""
+    step = group_step(bits, sparse=sparse)
+    if group % step:
+        kind = "2:4 codes" if sparse else f"{bits}-bit codes"
+        raise ValueError(
+            f"groups of {kind} are multiples of {step} columns, or 0 for the whole row, not {group}"
+        )
 
 
 Chosen = TypeVar("Chosen", bound=Options)
@@ -60,6 +86,14 @@ class Method(ABC, Generic[Chosen]):
     @abstractmethod
     def slots(self, options: Chosen) -> Sequence[str]:
         """The slots that it fills on the tensors it is applied to."""
+
+    def weight_group(self, options: Chosen) -> int | None:
+        """Columns per scale of the integers that weights become, 0 for the whole row; None if none do."""
+        return None
+
+    def input_group(self, options: Chosen) -> int | None:
+        """The same of the integers that inputs are rounded to: weights that meet them need the same group."""
+        return None
 
     def tensors(self, program: Program, options: Chosen) -> list[str]:
         """The weights that it may be applied to: unless overridden, those of all linears but the head."""

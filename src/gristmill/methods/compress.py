@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,10 @@ def compress(
     weights as stored, decoded to f32; exact arithmetic; f32 KV) and put the figures into report.json.
 
     What is computed at length is kept in a hidden directory beside `out` until the end: called again with the
-    same model and recipe, an interrupted run resumes and gives the same bytes. Raises UsageError for a recipe
-    that does not suit the model, if `out` exists, or if another recipe's unfinished work is in the way;
-    GristmillError if nothing can be written.
+    same model and recipe, an interrupted run resumes and gives the same bytes; after an error of a method a
+    corrected recipe resumes behind the last method that it has not changed. Raises UsageError for a recipe
+    that does not suit the model, naming its line, if `out` exists, or if another recipe's interrupted work is
+    in the way; GristmillError if nothing can be written.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     target = Path(out).expanduser().absolute()
@@ -55,7 +56,7 @@ def compress(
     if recipe.calibrated:
         _need_torch()
     try:
-        with _workplace(target, identity(source, recipe)) as work:
+        with _workplace(target, identity(source, recipe), step_identities(source, recipe)) as work:
             result = work / "result"
             try:
                 # No name for the draft: it holds the model in float32, and ends before the evaluation begins.
@@ -66,8 +67,7 @@ def compress(
                     result,
                 )
             except (UsageError, ModelError):
-                # Another call would fail alike: nothing here is worth keeping.
-                shutil.rmtree(work)
+                _release(work)
                 raise
             give_memory_back()
             if evaluate:
@@ -81,8 +81,14 @@ def compress(
 
 def _apply(draft: Draft, recipe: Recipe, chosen: Sequence[Sequence[str]], result: Path) -> None:
     """Writes the directory `result` anew."""
-    for entry, tensors in zip(recipe.entries, chosen, strict=True):
-        entry.method.apply(draft, entry.options, tensors)
+    steps = step_identities(draft.source, recipe)
+    for entry, tensors, step in zip(recipe.entries, chosen, steps, strict=True):
+        draft.begin(step)
+        try:
+            entry.method.apply(draft, entry.options, tensors)
+        except GristmillError as error:
+            place = f"{recipe.where}, line {entry.line}: {entry.method.name}"
+            raise type(error)(f"{place}: {error}") from error
     _check_groups(draft)
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
@@ -107,7 +113,7 @@ def write(
         elif name in draft.changed:
             values = draft.weight(name)
             if floats == "f16" and float(np.abs(values).max()) > 65504:
-                raise UsageError(f"{name} holds values beyond f16: choose `floats: bf16`")
+                raise UsageError(f"{recipe.where}: {name} holds values beyond f16: choose `floats: bf16`")
             rows, columns = weight.shape
             items[name] = Matrix(dense.spec((rows, columns), floats), partial(_dense_rows, values, floats))
         else:
@@ -145,7 +151,10 @@ def write(
 
 
 def _check_groups(draft: Draft) -> None:
-    """UsageError where a method rounds inputs in other groups than another one the weights that meet them."""
+    """UsageError where inputs are rounded in other groups than the weights that meet them.
+
+    `Recipe.plan` has compared what the methods say of their groups; here is what they did.
+    """
     program = draft.program
     for encode in (n for n in program.nodes if n.op == "encode" and n.attributes["kind"] == "int"):
         group = encode.attributes["group"]
@@ -193,9 +202,22 @@ def identity(source: Checkpoint, recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
+def step_identities(source: Checkpoint, recipe: Recipe) -> list[str]:
+    """For every entry what must be the same for its steps to be the same: `identity` of the recipe up to it.
+
+    Names for directories. How the rest is stored (`floats`) and the recipe's name have no part in it.
+    """
+    parts = (recipe.entries[: i + 1] for i in range(len(recipe.entries)))
+    return [identity(source, Recipe(part, calibration=recipe.calibration))[:32] for part in parts]
+
+
 @contextmanager
-def _workplace(target: Path, wanted: str) -> Iterator[Path]:
-    """A hidden directory beside `target` for one process; removed at the end unless the block raises."""
+def _workplace(target: Path, wanted: str, steps: Collection[str]) -> Iterator[Path]:
+    """A hidden directory beside `target` for one process; removed at the end unless the block raises.
+
+    wanted: the identity of the work. Interrupted work of another identity is an error; work that failed has
+    none any more (`_release`), and of that only `steps` are left.
+    """
     work = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     (work / "steps").mkdir(parents=True, exist_ok=True)
@@ -216,9 +238,21 @@ def _workplace(target: Path, wanted: str) -> Iterator[Path]:
             raise UsageError(
                 f"{work} holds the unfinished work of another recipe or model: finish that, or remove it"
             )
+        for kept in (work / "steps").iterdir():
+            if kept.name not in steps:
+                shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
         yield work
         if target.exists():
             shutil.rmtree(work)
+
+
+def _release(work: Path) -> None:
+    """After an error that the same recipe would meet again: leaves the finished steps to a corrected one."""
+    if any((work / "steps").glob("*/*.safetensors")):
+        shutil.rmtree(work / "result", ignore_errors=True)
+        (work / "identity").unlink()
+    else:
+        shutil.rmtree(work)
 
 
 def _need_torch() -> None:

@@ -65,9 +65,7 @@ class Draft:
         """Whether adapters made for the source still fit: no channel was put in another order."""
         self.calibrated_on: dict[str, Any] | None = None
         """The calibration text's name, size and hash, once something has used it."""
-        self._kept = kept
-        if kept is not None and (kept / _TEXT).is_file():
-            self.calibrated_on = read_object(kept / _TEXT)
+        self._root = self._kept = kept
         self._step = 0
         self._weights: dict[str, NDArray[np.float32]] = {}
         self._executor: ReferenceExecutor | None = None
@@ -160,6 +158,17 @@ class Draft:
         return found.ids
 
     # Results kept ---------------------------------------------------------------------------------------
+
+    def begin(self, identity: str) -> None:
+        """A method begins: what `once` keeps from now on is for runs that begin one with the same identity.
+
+        identity: of all that the method's results follow from, a name for a directory.
+        """
+        if self._root is not None:
+            self._kept = self._root / identity
+            self._kept.mkdir(exist_ok=True)
+            if (self._kept / _TEXT).is_file():
+                self.calibrated_on = read_object(self._kept / _TEXT)
 
     def once(self, key: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
         """The arrays that `compute` gives, or gave before the run was interrupted.

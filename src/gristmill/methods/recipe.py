@@ -13,7 +13,7 @@ methods:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -62,7 +62,10 @@ class Entry:
     line: int
 
     def tensors(self, program: Program) -> list[str]:
-        """The weights that the method is applied to, in program order. UsageError if there are none."""
+        """The weights that the method is applied to, in program order.
+
+        UsageError, which begins with the line, for a pattern that none has.
+        """
         able = self.method.tensors(program, self.options)
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in able):
@@ -80,6 +83,8 @@ class Recipe:
     name: str = ""
     calibration: Calibration = field(default_factory=Calibration)
     floats: str = "bf16"
+    where: str = field(default="recipe", compare=False)
+    """The file that it is from, for errors."""
 
     @staticmethod
     def load(source: str | Path) -> Recipe:
@@ -88,7 +93,7 @@ class Recipe:
         UsageError, naming the line, if it is not valid.
         """
         if isinstance(source, str) and source in names():
-            return Recipe.from_yaml(f"name: {source}\nmethods:\n- method: {source}\n", source)
+            return Recipe.from_yaml(f"{{name: {source}, methods: [{{method: {source}}}]}}", source)
         path = Path(source).expanduser()
         try:
             if path.stat().st_size > _LIMIT:
@@ -101,7 +106,7 @@ class Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the recipe {path}: {error}") from None
         recipe = Recipe.from_yaml(text, str(path))
-        return recipe if recipe.name else Recipe(recipe.entries, path.stem, recipe.calibration, recipe.floats)
+        return recipe if recipe.name else replace(recipe, name=path.stem)
 
     @staticmethod
     def from_yaml(text: str, where: str = "recipe") -> Recipe:
@@ -118,6 +123,9 @@ class Recipe:
         except (RecursionError, ValueError) as error:
             raise UsageError(f"{where}: not YAML: {str(error)[:100]}") from None
         lines = _Lines(node)
+        if lines.twice:
+            key, line, first = lines.twice[0]
+            raise UsageError(f"{where}, line {line}: {key[:60]} is given twice, at first in line {first}")
         if not isinstance(data, dict):
             raise UsageError(f"{where}, line 1: a recipe is a mapping with a list of methods")
         document = _validated(_Document, data, where, lines, ())
@@ -138,7 +146,7 @@ class Recipe:
                 raise UsageError(f"{where}, line {lines.of((*at, 'method'))}: {error}") from None
             options = _validated(chosen.options, given, where, lines, at, prefix=f"{kind}: ")
             entries.append(Entry(chosen, options, tuple(patterns), lines.of(at)))
-        return Recipe(tuple(entries), document.name, document.calibration, document.floats)
+        return Recipe(tuple(entries), document.name, document.calibration, document.floats, where)
 
     def to_yaml(self) -> str:
         """The recipe with every option spelled out; reading it gives this recipe again."""
@@ -163,11 +171,18 @@ class Recipe:
         return any(entry.method.reads_text(entry.options) for entry in self.entries)
 
     def plan(self, program: Program) -> list[list[str]]:
-        """The tensors of every entry; UsageError, naming both methods and the lines, for a conflict.
+        """The tensors of every entry; UsageError, naming file, lines and both methods, for a conflict.
 
-        A conflict is an exclusive slot of one tensor with two owners, or a method whose slot must precede
-        that of a method before it.
+        A conflict is an exclusive slot of one tensor with two owners, a method whose slot must precede that
+        of a method before it, or a tensor's integers in other groups than those of the inputs that it meets.
         """
+        try:
+            return self._plan(program)
+        except UsageError as error:
+            raise UsageError(f"{self.where}, {error}") from None
+
+    def _plan(self, program: Program) -> list[list[str]]:
+        """`plan`, but that errors begin with the line."""
         chosen = [entry.tensors(program) for entry in self.entries]
         filled: dict[tuple[str, str], Entry] = {}  # (tensor, slot) -> the last method that filled it
         for entry, tensors in zip(self.entries, chosen, strict=True):
@@ -176,6 +191,7 @@ class Recipe:
                 for slot in slots:
                     _check_slot(name, slot, entry, filled)
             filled.update({(name, slot): entry for name in tensors for slot in slots})
+        _check_groups(program, self.entries, chosen)
         return chosen
 
 
@@ -193,10 +209,52 @@ def _check_slot(name: str, slot: str, entry: Entry, filled: Mapping[tuple[str, s
             )
 
 
+def _check_groups(program: Program, entries: Sequence[Entry], chosen: Sequence[Sequence[str]]) -> None:
+    """UsageError where inputs are rounded in other groups than the weights that meet them."""
+    inputs: dict[str, tuple[Entry | None, int]] = {}  # tensor -> who rounds what it meets, in which groups
+    weights: dict[str, tuple[Entry, int]] = {}
+    writers = program.writers()
+    for node in program.nodes:
+        writer = writers.get(node.inputs[0]) if node.op == "linear" else None
+        if writer is not None and writer.op == "encode" and writer.attributes["kind"] == "int":
+            inputs[node.weights[0]] = None, writer.attributes["group"]
+    for entry, tensors in zip(entries, chosen, strict=True):
+        if (group := entry.method.input_group(entry.options)) is not None:
+            inputs |= dict.fromkeys(tensors, (entry, group))
+        if (group := entry.method.weight_group(entry.options)) is not None:
+            weights |= dict.fromkeys(tensors, (entry, group))
+    for name in (n for n in weights if n in inputs):
+        (rounds, of_inputs), (owner, of_weights) = inputs[name], weights[name]
+        columns = program.weights[name].shape[1]
+        if _in_row(of_inputs, columns) == _in_row(of_weights, columns):
+            continue
+        if rounds is None:
+            raise UsageError(
+                f"line {owner.line}: {owner.method.name} rounds {name} in {_groups(of_weights)}, but the "
+                f"model rounds its inputs in {_groups(of_inputs)}: give the method the model's group"
+            )
+        raise UsageError(
+            f"line {rounds.line}: {rounds.method.name} rounds the inputs of {name} in {_groups(of_inputs)}, "
+            f"{owner.method.name} (line {owner.line}) its weights in {_groups(of_weights)}: give both "
+            "methods the same group"
+        )
+
+
+def _in_row(group: int, columns: int) -> int:
+    """A group in a row of so many columns: 0 if it is all of the row."""
+    return group if group < columns else 0
+
+
+def _groups(group: int) -> str:
+    return f"groups of {group} columns" if group else "whole rows"
+
+
 class _Lines:
     """Line numbers of a YAML document's parts by their place: ("methods", 0, "bits")."""
 
     def __init__(self, root: Any) -> None:
+        self.twice: list[tuple[str, int, int]] = []
+        """Keys that one mapping has twice, each with its line and the line of the first."""
         self._lines: dict[tuple[str | int, ...], int] = {}
         self._seen: set[int] = set()
         self._walk(root, (), 0)
@@ -207,8 +265,13 @@ class _Lines:
         self._seen.add(id(node))  # an alias leads to the same node again
         self._lines.setdefault(at, node.start_mark.line + 1)
         if node.id == "mapping":
+            known: dict[tuple[str, str], int] = {}
             for key, value in node.value:
-                self._lines[(*at, str(key.value))] = key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if (first := known.get((key.tag, str(key.value)))) is not None:
+                    self.twice.append((str(key.value), line, first))
+                known[key.tag, str(key.value)] = line
+                self._lines[(*at, str(key.value))] = line
                 self._walk(value, (*at, str(key.value)), depth + 1)
         elif node.id == "sequence":
             for i, value in enumerate(node.value):

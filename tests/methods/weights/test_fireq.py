@@ -336,7 +336,7 @@ def test_resumes_with_the_same_bytes(small_fireq: Path, tmp_path: Path) -> None:
     source = small_fireq.parent / "model.gguf"
     with pytest.raises(KeyboardInterrupt):
         compress(source, recipe(), tmp_path / "out", evaluate=False, progress=stop)
-    assert list((tmp_path / ".out.partial" / "steps").iterdir())
+    assert list((tmp_path / ".out.partial" / "steps").glob("*/*.safetensors"))
     compress(source, recipe(), tmp_path / "out", evaluate=False)
     for path in small_fireq.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

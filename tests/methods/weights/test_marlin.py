@@ -11,7 +11,7 @@ import torch
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.calibrate.gptq import gptq
-from gristmill.errors import ModelError, UsageError
+from gristmill.errors import UsageError
 from gristmill.methods.recipe import Recipe
 from gristmill.methods.weights.marlin import search_scale
 from gristmill.models import build_program
@@ -84,10 +84,9 @@ def test_resumes_and_runs(tmp_path: Path, sparse: str) -> None:
         assert executor.activations == "bf16"
 
 
-def test_sparse_groups_are_refused_by_name(tmp_path: Path) -> None:
-    draft = recipes.draft_of(recipes.speaking(tmp_path))
-    with pytest.raises(ModelError, match="multiples of 32"):
-        recipes.applied(draft, "{method: marlin, group: 16, sparse: true}")
+def test_sparse_groups_are_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="line 1: marlin: sparse: groups of 2:4 codes are multiples of 32"):
+        Recipe.from_yaml("methods: [{method: marlin, group: 16, sparse: true}]")
 
 
 def test_a_part_of_the_layers_only_notes_its_activations(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ class Comet(Method[CometOptions]):
         weights = () if options.weight_bits is None else ("rounding", "weight_format")
         return (*order, *weights, "activation_encoding", *(("kv_format",) if options.kv else ()))
 
+    def weight_group(self, options: CometOptions) -> int | None:
+        """Its own, unless rounding is left to another method."""
+        return None if options.weight_bits is None else options.block
+
+    def input_group(self, options: CometOptions) -> int | None:
+        """Its own."""
+        return options.block
+
     def apply(self, draft: Draft, options: CometOptions, tensors: Sequence[str]) -> None:
         """Chooses orders and widths on the model as it stands, changes the program, packs the weights."""
         inputs = inputs_of(draft.program, tensors)

@@ -62,6 +62,14 @@ class Flexq(Method[FlexqOptions]):
         weights = () if options.weight_bits is None else ("rounding", "weight_format")
         return (*weights, "activation_encoding")
 
+    def weight_group(self, options: FlexqOptions) -> int | None:
+        """Its own, unless rounding is left to another method."""
+        return None if options.weight_bits is None else options.group
+
+    def input_group(self, options: FlexqOptions) -> int | None:
+        """Its own."""
+        return options.group
+
     def apply(self, draft: Draft, options: FlexqOptions, tensors: Sequence[str]) -> None:
         """Packs the weights, then rounds the inputs."""
         inputs = inputs_of(draft.program, tensors)

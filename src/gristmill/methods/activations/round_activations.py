@@ -34,6 +34,10 @@ class RoundActivations(Method[RoundActivationsOptions]):
         """Weights stay as they are."""
         return ("activation_encoding",)
 
+    def input_group(self, options: RoundActivationsOptions) -> int | None:
+        """Its own."""
+        return options.group
+
     def apply(self, draft: Draft, options: RoundActivationsOptions, tensors: Sequence[str]) -> None:
         """One `encode` in front of the chosen linears of every input."""
         program = draft.program

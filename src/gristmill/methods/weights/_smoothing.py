@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from gristmill.calibrate.sites import SMOOTHING, Site, find_sites, fold
-from gristmill.errors import UsageError
+from gristmill.errors import ModelError, UsageError
 from gristmill.methods.draft import Draft
 
+_Candidate = TypeVar("_Candidate")
 Factors = Mapping[str, Any]
 """Factors [site.width] by the name of the site's buffer."""
 
@@ -33,6 +35,20 @@ def first_tokens(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequen
         result.append(ids[:tokens])
         tokens -= len(ids)
     return result
+
+
+def best_of(what: str, candidates: Iterable[_Candidate], loss: Callable[[_Candidate], float]) -> _Candidate:
+    """The candidate with the least loss: of equal ones the first, and never one whose loss is not finite.
+
+    Takes the candidates one by one and calls `loss` once for each: a loss may build on the one before it, and
+    be kept (`Draft.once`) if it takes long. what: is searched for; ModelError names it if no loss is finite.
+    """
+    tried = ((loss(candidate), candidate) for candidate in candidates)
+    finite = (one for one in tried if math.isfinite(one[0]))
+    best = min(finite, key=lambda one: one[0], default=None)
+    if best is None:
+        raise ModelError(f"{what}: no candidate has a finite loss")
+    return best[1]
 
 
 def folded(weights: Mapping[str, Any], sites: Sequence[Site], factors: Factors) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,9 @@ from pydantic import Field
 from gristmill.calibrate.sites import SMOOTHING, VALUES, Site
 from gristmill.formats import group_int
 from gristmill.formats.packed import Packed, decode_f32
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import CodeOptions, Method
 from gristmill.methods.draft import Arrays, Draft
-from gristmill.methods.weights._smoothing import first_tokens, move, sites_within
+from gristmill.methods.weights._smoothing import best_of, first_tokens, move, sites_within
 from gristmill.program.edits import linears_of
 from gristmill.program.nodes import Node
 
@@ -25,15 +25,13 @@ _FLOOR = 1e-4
 _CLIP_STEP, _CLIP_STEPS = 0.05, 10
 
 
-class AwqOptions(Options):
+class AwqOptions(CodeOptions):
     """bits, group, symmetric: of the codes, rounded to nearest; quantise false leaves that to another method.
 
     grid: strengths tried per site, 0 to below 1. clip: search how much of every group's range to keep.
     values: scale v and o as well. tokens: that the search runs over.
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: Annotated[int, Field(ge=0, le=1024)] = 64
     symmetric: bool = False
     quantise: bool = True
     grid: Annotated[int, Field(ge=1, le=100)] = 20
@@ -54,6 +52,10 @@ class Awq(Method[AwqOptions]):
     def slots(self, options: AwqOptions) -> Sequence[str]:
         """It scales and, unless told otherwise, rounds."""
         return ("smoothing", "rounding", "weight_format") if options.quantise else ("smoothing",)
+
+    def weight_group(self, options: AwqOptions) -> int | None:
+        """Its own, unless rounding is left to another method."""
+        return options.group if options.quantise else None
 
     def apply(self, draft: Draft, options: AwqOptions, tensors: Sequence[str]) -> None:
         """Finds every site's factors in the model as it is, moves them, then packs every tensor."""
@@ -123,20 +125,19 @@ def _search(stream: Stream, site: Site, linears: Sequence[Node], options: AwqOpt
     size = np.maximum(site.largest(mean.result().numpy()), _FLOOR)
     last = _end_of_block(stream, linears)
     wanted = stream.evaluate_span(linears[0], last)
-    best, chosen = np.inf, np.ones(site.width)
-    for i in range(options.grid):
-        factors = size ** (i / options.grid)
-        factors /= np.sqrt(factors.max() * factors.min())
+
+    def loss(factors: NDArray[np.float64]) -> float:
         along = factors[site.channels].astype(np.float32)
         weights = {}
         for name in site.consumers:
             scaled = stream.executor.weights[name].numpy() * along
             weights[name] = torch.from_numpy(decode_f32(_rounded(scaled, options)) / along)
         found = stream.evaluate_span(linears[0], last, weights)
-        loss = sum(float((x - y).double().square().sum()) for x, y in zip(found, wanted, strict=True))
-        if loss < best:
-            best, chosen = loss, factors
-    return chosen
+        return sum(float((x - y).double().square().sum()) for x, y in zip(found, wanted, strict=True))
+
+    powers: Iterator[NDArray[np.float64]] = (size ** (i / options.grid) for i in range(options.grid))
+    candidates = (power / np.sqrt(power.max() * power.min()) for power in powers)
+    return best_of(f"awq: scales of {site.name}", candidates, loss)
 
 
 def _end_of_block(stream: Stream, linears: Sequence[Node]) -> Node:

@@ -19,6 +19,7 @@ from gristmill.formats import fp8, group_int
 from gristmill.formats.packed import MAX_EXPONENT, Packed, decode_f32
 from gristmill.methods.base import Method, Options, attention_of
 from gristmill.methods.draft import Arrays, Draft
+from gristmill.methods.weights._smoothing import best_of
 from gristmill.program.edits import keep_keys, linears_of, round_inputs
 
 if TYPE_CHECKING:
@@ -120,6 +121,10 @@ class Fireq(Method[FireqOptions]):
             "kv_format": options.kv,
         }
         return tuple(slot for slot, on in parts.items() if on)
+
+    def weight_group(self, options: FireqOptions) -> int | None:
+        """Its own, if it rounds weights."""
+        return options.group if options.weights else None
 
     def apply(self, draft: Draft, options: FireqOptions, tensors: Sequence[str]) -> None:
         """Scales channels, then keys, then rounds."""
@@ -317,9 +322,8 @@ def _strength(draft: Draft, options: FireqOptions, site: Site, rows: list[Tensor
     means /= np.exp(np.log(means).mean())
     x = torch.cat(rows)
     x = x[:: max(1, len(x) // _ROWS)]
-    best, least = np.ones(site.width), np.inf
-    for strength in _STRENGTHS if options.strength is None else (options.strength,):
-        factors = means**-strength
+
+    def loss(factors: NDArray[np.float64]) -> float:
         columns = (1 / factors)[site.channels].astype(np.float32)
         rounded = x * torch.from_numpy(columns)
         if options.activations:
@@ -330,9 +334,11 @@ def _strength(draft: Draft, options: FireqOptions, site: Site, rows: list[Tensor
             exact = x @ torch.from_numpy(tensors[name]).T
             used = torch.from_numpy(decode_f32(quantise(folded[name], options)))
             error += float((rounded @ used.T - exact).square().sum(dtype=torch.float64))
-        if error < least:
-            best, least = factors, error
-    return {"factors": best}
+        return error
+
+    strengths = _STRENGTHS if options.strength is None else (options.strength,)
+    candidates = (means**-strength for strength in strengths)
+    return {"factors": best_of(f"fireq: scales of {site.name}", candidates, loss)}
 
 
 def scale_keys(node: Node, rows: list[list[Tensor]], options: FireqOptions, site: Site | None) -> Arrays:
@@ -351,36 +357,38 @@ def scale_keys(node: Node, rows: list[list[Tensor]], options: FireqOptions, site
     peak = _largest(rows[1], lambda k: _rotated(node, k).abs()).reshape(heads, size)
     exact = _attend(node, rows, None, "")
 
-    best: Arrays = {}
-    least = np.inf
-    for top, level in _choices(options, size):
+    def before(scales: Arrays) -> NDArray[np.float64]:
+        """What the keys are multiplied by before the rotation."""
+        return np.ones(heads * size) if site is None else 1 / scales["factors"][site.channels]
+
+    def candidate(top: int, level: float) -> Arrays:
         scaled = _outliers(peak, top, half)
-        before = np.ones(heads * size)
         result: Arrays = {}
         if site is not None:
             channel = site.largest(radius)
             # A channel whose every key is scaled afterwards needs nothing before.
             alone = np.ones(site.width, bool)
             np.logical_and.at(alone, site.channels, scaled.reshape(-1))
-            s = np.where(alone | (channel <= 0), 1.0, channel)
-            result["factors"] = s
-            before = 1 / s[site.channels]
-        made = peak * before.reshape(heads, size)
+            result["factors"] = np.where(alone | (channel <= 0), 1.0, channel)
+        made = peak * before(result).reshape(heads, size)
         others = [row[there] for row, there in zip(made, ~scaled & (made > 0), strict=True)]
         usual = np.array([1.0 if site or not len(row) else np.median(row) for row in others])
         after = np.where(scaled & (made > 0), level * usual[:, None] / np.where(made > 0, made, 1), 1.0)
         result["key_scale"] = after.reshape(-1).astype(np.float32)
-        turned = torch.from_numpy(before.astype(np.float32))
+        return result
+
+    def loss(scales: Arrays) -> float:
+        turned = torch.from_numpy(before(scales).astype(np.float32))
         by_head = turned.reshape(heads, size).repeat_interleave(a["heads"] // heads, 0).reshape(-1)
         q, k, v = rows
         tried = [[x / by_head for x in q], [x * turned for x in k], v]
-        found = _attend(node, tried, torch.from_numpy(result["key_scale"]), "int4")
-        error = float(
+        found = _attend(node, tried, torch.from_numpy(scales["key_scale"]), "int4")
+        return float(
             sum((f - e).square().sum(dtype=torch.float64) for f, e in zip(found, exact, strict=True))
         )
-        if error < least:
-            best, least = result, error
-    return best
+
+    candidates = (candidate(top, level) for top, level in _choices(options, size))
+    return best_of(f"fireq: scales of the keys of {node.name}", candidates, loss)
 
 
 def _choices(options: FireqOptions, size: int) -> list[tuple[int, float]]:

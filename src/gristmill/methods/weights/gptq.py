@@ -7,20 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import CodeOptions, Method
 from gristmill.methods.draft import Draft
 from gristmill.methods.weights._sequential import round_in_sequence
 
 
-class GptqOptions(Options):
+class GptqOptions(CodeOptions):
     """bits 2 to 8; group: columns per scale, 0 for the whole row; clip "mse" searches the scale.
 
     damp: added to the Hessian's diagonal, in parts of its mean. act_order: columns with large inputs first,
     which costs nothing at run time, as the scales are then fitted beforehand and the columns stay in place.
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: Annotated[int, Field(ge=0, le=1024)] = 64
     symmetric: bool = True
     clip: Literal["none", "mse"] = "mse"
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -39,6 +37,10 @@ class Gptq(Method[GptqOptions]):
     def slots(self, options: GptqOptions) -> Sequence[str]:
         """It decides the codes and their format."""
         return ("rounding", "weight_format")
+
+    def weight_group(self, options: GptqOptions) -> int | None:
+        """Its own."""
+        return options.group
 
     def apply(self, draft: Draft, options: GptqOptions, tensors: Sequence[str]) -> None:
         """Packs every tensor, in the order in which the model runs."""

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from gristmill.methods.base import Method, Options, linear_weights
+from gristmill.methods.base import Method, Options, check_group, linear_weights
 from gristmill.methods.draft import Draft
 from gristmill.methods.weights._sequential import round_in_sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_BITS = 4
 _CLIP_STEPS = 76
 _LEVELS = 15.0
 """The scale is 2 max|x| / 15: the codes reach from -8 to 7 on either side of -1/2."""
@@ -33,6 +34,19 @@ class MarlinOptions(Options):
     damp: Annotated[float, Field(gt=0, le=1)] = 0.1
     sparse: bool = False
 
+    @field_validator("group")
+    @classmethod
+    def _whole_pieces(cls, group: int) -> int:
+        check_group(group, _BITS)
+        return group
+
+    @field_validator("sparse")
+    @classmethod
+    def _whole_sparse_pieces(cls, sparse: bool, info: ValidationInfo) -> bool:
+        if sparse and "group" in info.data:
+            check_group(info.data["group"], _BITS, sparse=True)
+        return sparse
+
 
 class Marlin(Method[MarlinOptions]):
     """4-bit weights for activations that stay 16-bit: no other method may round them."""
@@ -48,6 +62,10 @@ class Marlin(Method[MarlinOptions]):
         taken = ("rounding", "weight_format", "activation_encoding")
         return ("pruning", *taken) if options.sparse else taken
 
+    def weight_group(self, options: MarlinOptions) -> int | None:
+        """Its own."""
+        return options.group
+
     def apply(self, draft: Draft, options: MarlinOptions, tensors: Sequence[str]) -> None:
         """Packs every tensor, in the order in which the model runs, and means 16-bit activations."""
         from gristmill.calibrate.gptq import Rounded, gptq
@@ -58,7 +76,7 @@ class Marlin(Method[MarlinOptions]):
             return gptq(
                 weight,
                 hessian,
-                bits=4,
+                bits=_BITS,
                 group=options.group,
                 fit=lambda x, root: (search_scale(x, root, steps), 0.0),
                 damp=options.damp,

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from gristmill.formats import group_int
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import CodeOptions, Method
 from gristmill.methods.draft import Draft
 
 
-class RtnOptions(Options):
+class RtnOptions(CodeOptions):
     """bits 2 to 8; group: columns per scale, 0 for the whole row; clip "mse" searches the scale."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: Annotated[int, Field(ge=0, le=1024)] = 64
     symmetric: bool = True
     clip: Literal["none", "mse"] = "none"
 
@@ -32,6 +28,10 @@ class Rtn(Method[RtnOptions]):
     def slots(self, options: RtnOptions) -> Sequence[str]:
         """It decides the codes and their format."""
         return ("rounding", "weight_format")
+
+    def weight_group(self, options: RtnOptions) -> int | None:
+        """Its own."""
+        return options.group
 
     def apply(self, draft: Draft, options: RtnOptions, tensors: Sequence[str]) -> None:
         """Packs every tensor."""

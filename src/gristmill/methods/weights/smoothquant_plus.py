@@ -13,9 +13,9 @@ from pydantic import Field
 from gristmill.calibrate.sites import SMOOTHING, VALUES, Site
 from gristmill.formats import group_int
 from gristmill.formats.packed import Packed, decode_f32
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import CodeOptions, Method
 from gristmill.methods.draft import Draft
-from gristmill.methods.weights._smoothing import Factors, first_tokens, folded, move, sites_within
+from gristmill.methods.weights._smoothing import Factors, best_of, first_tokens, folded, move, sites_within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _FLOOR = 1e-5
 
 
-class SmoothQuantPlusOptions(Options):
+class SmoothQuantPlusOptions(CodeOptions):
     """bits, group, symmetric: of the codes, rounded to nearest; quantise false leaves that to another method.
 
     step: between the strengths tried, from 0 to 1, besides none. where: the loss is the squared error of the
@@ -33,8 +33,6 @@ class SmoothQuantPlusOptions(Options):
     a channel's magnitudes that counts as its largest. tokens: that the search runs over.
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: Annotated[int, Field(ge=0, le=1024)] = 64
     symmetric: bool = False
     quantise: bool = True
     step: Annotated[float, Field(ge=0.01, le=1)] = 0.05
@@ -57,6 +55,10 @@ class SmoothQuantPlus(Method[SmoothQuantPlusOptions]):
         """It scales and, unless told otherwise, rounds."""
         return ("smoothing", "rounding", "weight_format") if options.quantise else ("smoothing",)
 
+    def weight_group(self, options: SmoothQuantPlusOptions) -> int | None:
+        """Its own, unless rounding is left to another method."""
+        return options.group if options.quantise else None
+
     def apply(self, draft: Draft, options: SmoothQuantPlusOptions, tensors: Sequence[str]) -> None:
         """Finds the strength, moves the scales, packs every tensor."""
         kinds = [kind for kind in SMOOTHING if kind != VALUES or options.values]
@@ -64,11 +66,14 @@ class SmoothQuantPlus(Method[SmoothQuantPlusOptions]):
         search = _Search(draft, options, sites, tensors)
         strengths = [None, *np.linspace(0, 1, round(1 / options.step) + 1)]
         losses = []
-        for i, strength in enumerate(strengths):
-            kept = draft.once(f"{self.name} {i}", partial(search.loss, strength))
+
+        def loss(i: int) -> float:
+            kept = draft.once(f"{self.name} {i}", partial(search.loss, strengths[i]))
             losses.append(float(kept["loss"][0]))
             draft.progress("searching the strength", i + 1, len(strengths))
-        best = int(np.argmin(losses))
+            return losses[i]
+
+        best = best_of(f"{self.name}: strength", range(len(strengths)), loss)
         found = "none" if strengths[best] is None else f"{strengths[best]:.2f}"
         draft.notes.append(
             f"{self.name}: strength {found}, loss {losses[best]:.6g}, without smoothing {losses[0]:.6g}"

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gristmill.errors import UsageError
+from gristmill.errors import ModelError, UsageError
 from gristmill.formats import dense, group_int
 from gristmill.formats.packed import Packed, decode_f32
-from gristmill.methods.base import Method, Options
+from gristmill.methods.base import CodeOptions, Method
 from gristmill.methods.draft import Draft
 from gristmill.methods.weights._sequential import note_damping
+from gristmill.methods.weights._smoothing import best_of
 from gristmill.program.edits import add_branch, linears_of, round_inputs
 from gristmill.program.nodes import Node, Program, ProgramError
 
@@ -42,14 +43,13 @@ Fit = tuple["Tensor", "Tensor"]
 """U [N, r] and D [r, K]."""
 
 
-class SvdQuantOptions(Options):
+class SvdQuantOptions(CodeOptions):
     """rank 0: no branch; grid: steps of the smoothing exponents, 20 as in the paper, 0 for no smoothing.
 
     quantise: who rounds the residual; `none` leaves it to a later method of the recipe, whose group must be
-    this one. activation_bits `none`: as the mode in which the model is run has it.
+    this one if inputs are rounded. activation_bits `none`: as the mode in which the model is run has it.
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = 64
     rank: Annotated[int, Field(ge=0, le=4096)] = 32
     branch: Literal["bf16", "int8"] = "bf16"
@@ -78,6 +78,14 @@ class SvdQuant(Method[SvdQuantOptions]):
             "activation_encoding": options.activation_bits != "none",
         }
         return [slot for slot, used in wanted.items() if used]
+
+    def weight_group(self, options: SvdQuantOptions) -> int | None:
+        """Its own, unless rounding is left to another method."""
+        return None if options.quantise == "none" else options.group
+
+    def input_group(self, options: SvdQuantOptions) -> int | None:
+        """The same, if it rounds inputs."""
+        return None if options.activation_bits == "none" else options.group
 
     def apply(self, draft: Draft, options: SvdQuantOptions, tensors: Sequence[str]) -> None:
         """Fits layer after layer, each on what the rounded layers before it give."""
@@ -141,7 +149,7 @@ class _Run:
                         program, names, group=self.options.group, bits=[self.options.activation_bits]
                     )
         except ProgramError as error:
-            raise UsageError(f"svdquant cannot follow the methods before it: {error}") from None
+            raise UsageError(f"it cannot follow the methods before it: {error}") from None
         return program
 
     # Smoothing ------------------------------------------------------------------------------------------
@@ -165,16 +173,17 @@ class _Run:
         w = error.w
         a = site.largest(largest.result().double().numpy())
         b = site.largest(w.abs().amax(0).double().numpy())
-        best, factors = np.inf, np.ones(site.width)
         fit = low_rank(w, self.options.rank)
-        for s in candidates(a, b, self.options.grid):
+
+        def loss(s: NDArray[np.float64]) -> float:
+            nonlocal fit
             columns = torch.from_numpy(s[site.channels]).float()
             fit = low_rank(w * columns, self.options.rank, start=fit[1] * columns)
             residual = w * columns - fit[0] @ fit[1]
-            found = error(error.x / columns, fit, self.rounded(residual))
-            if found < best:
-                best, factors = found, s
-        return factors
+            return error(error.x / columns, fit, self.rounded(residual))
+
+        tried = candidates(a, b, self.options.grid)
+        return best_of(f"svdquant: scales of {site.name}", tried, loss)
 
     # Fitting --------------------------------------------------------------------------------------------
 
@@ -251,9 +260,11 @@ class _Run:
             stored = torch.cat(stored_up), stored_down
             rounded = self.rounded(w - stored[0] @ stored[1])
             found = error(error.x, stored, rounded)
-            if found >= best:
+            if not found < best:
                 break
             best, result, target, start = found, packed, w - rounded, down
+        if not result:
+            raise ModelError(f"the branch of {nodes[0].name} has no finite error")
         return result
 
     def pack(self, values: Tensor) -> Packed:
