@@ -16,9 +16,10 @@ constexpr int64_t kPrivateValues = 8192;
 // Rows of a gate and its partner that are computed before they are combined: six tiles of 12.
 constexpr int64_t kGateRows = 72;
 
-// What a thread takes at once of rows, and of weights: in fours of blocks, as kernels work on two or four at
-// a time. Kernels that pack their rows do so in every call, so with many rows they get more.
-constexpr int64_t kLeastRows = 8, kLeastFours = 2, kLeastPackedFours = 4, kManyRows = 24;
+// What a thread takes at once of rows at least, and of weights in units: fours of blocks, as kernels work on
+// two or four at a time, or single ones where all threads would not get some otherwise. Kernels that pack
+// their rows do so in every call, so with many rows they get more.
+constexpr int64_t kLeastRows = 8, kFour = 4, kFours = 2, kPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -539,29 +540,32 @@ void Program::run_linears(const Node& node, int thread) {
     return;
   }
   // The blocks of all terms in one line.
+  const Cut cut = cut_of(node);
   int64_t total = 0;
-  for (const LinearTerm& t : node.terms) total += fours_of(t);
-  share(node, total, least_of(node), thread, [&](Range mine) {
+  for (const LinearTerm& t : node.terms) total += units_of(t, cut.unit);
+  share(node, total, cut.least, thread, [&](Range mine) {
     int64_t before = 0;
     for (const LinearTerm& t : node.terms) {
-      const int64_t fours = fours_of(t);
-      const Range blocks = blocks_of(t, {std::clamp<int64_t>(mine.begin - before, 0, fours),
-                                         std::clamp<int64_t>(mine.end - before, 0, fours)});
-      before += fours;
+      const int64_t units = units_of(t, cut.unit);
+      const Range blocks = blocks_of(t, cut.unit,
+                                     {std::clamp<int64_t>(mine.begin - before, 0, units),
+                                      std::clamp<int64_t>(mine.end - before, 0, units)});
+      before += units;
       const int64_t rows = rows_of(buffers_[static_cast<size_t>(t.output)]);
       if (blocks.begin < blocks.end) run_linear(t, blocks.begin, blocks.end, 0, rows, thread);
     }
   });
 }
 
-int64_t Program::fours_of(const LinearTerm& t) const { return (weight_of(t.products[0]).blocks() + 3) / 4; }
-
-Range Program::blocks_of(const LinearTerm& t, Range fours) const {
+Range Program::blocks_of(const LinearTerm& t, int64_t unit, Range units) const {
   const int64_t blocks = weight_of(t.products[0]).blocks();
-  return {std::min(4 * fours.begin, blocks), std::min(4 * fours.end, blocks)};
+  return {std::min(unit * units.begin, blocks), std::min(unit * units.end, blocks)};
 }
 
-int64_t Program::least_of(const Node& node) const {
+Program::Cut Program::cut_of(const Node& node) const {
+  int64_t blocks = 0;
+  for (const LinearTerm& t : node.terms) blocks += weight_of(t.products[0]).blocks();
+  if (blocks < kFour * kFours * pool_->threads()) return {1, 1};
   const bool tiles = kernels_->prompts_in_bf16;
   for (const LinearTerm& t : node.terms) {
     if (rows_of(buffers_[static_cast<size_t>(t.output)]) <= kManyRows) continue;
@@ -569,10 +573,10 @@ int64_t Program::least_of(const Node& node) const {
       const Weight& w = weight_of(p);
       const Encoding input = buffers_[static_cast<size_t>(p.input)].spec.encoding;
       if (!w.integer() || input == Encoding::kF32) continue;
-      if (input == Encoding::kInt8 ? tiles : !tiles || w.group > 32) return kLeastPackedFours;
+      if (input == Encoding::kInt8 ? tiles : !tiles || w.group > 32) return {kFour, kPackedFours};
     }
   }
-  return kLeastFours;
+  return {kFour, kFours};
 }
 
 // Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
@@ -586,8 +590,9 @@ void Program::run_gate(const Node& node, int thread) {
       !kernels_->prompts_in_bf16 &&
       buffers_[static_cast<size_t>(gate.products[0].input)].spec.encoding == Encoding::kInt8;
   const int64_t rows = rows_of(to), panel = in_place ? kGateRows : std::max<int64_t>(1, rows);
-  share(node, fours_of(gate), least_of(node), thread, [&](Range fours) {
-    const Range blocks = blocks_of(gate, fours);
+  const Cut cut = cut_of(node);
+  share(node, units_of(gate, cut.unit), cut.least, thread, [&](Range units) {
+    const Range blocks = blocks_of(gate, cut.unit, units);
     const int64_t begin = blocks.begin * 16, end = std::min(blocks.end * 16, w.n);
     for (int64_t row = 0; row < rows; row += panel) {
       const int64_t count = std::min(panel, rows - row);

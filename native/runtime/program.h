@@ -176,9 +176,14 @@ class Program {
   void run_linear(const LinearTerm& t, int64_t block_begin, int64_t block_end, int64_t row, int64_t rows,
                   int thread);
   const Weight& weight_of(const Product& p) const { return weights_[static_cast<size_t>(p.weight)]; }
-  int64_t fours_of(const LinearTerm& t) const;
-  Range blocks_of(const LinearTerm& t, Range fours) const;
-  int64_t least_of(const Node& node) const;
+  struct Cut {  // of a node's blocks
+    int64_t unit, least;
+  };
+  Cut cut_of(const Node& node) const;
+  int64_t units_of(const LinearTerm& t, int64_t unit) const {
+    return (weight_of(t.products[0]).blocks() + unit - 1) / unit;
+  }
+  Range blocks_of(const LinearTerm& t, int64_t unit, Range units) const;
   void run_attention(const Node& node, int thread);
 
   const KernelTable* kernels_;
