@@ -1,15 +1,16 @@
-"""Measures linear layers alone on weights larger than the last-level cache; writes JSON and a plot.
+"""Measures linear layers alone on weights larger than the last-level cache; writes JSON, a page and a plot.
 
 A model of nothing but square linears is read through once per step, so that no weight is in a cache when its
-turn comes (where the cache has some hundred megabytes, give `--bytes 1e9`). All formats are in memory at once
-and take turns. For every format: the time of one layer at 1 to 128 rows, and the share of the read rate
-measured beside it that its bytes are read at. "Byte-bound" is the time of a layer's bytes at that rate.
+turn comes. All formats are in memory at once, a gigabyte each, and take turns. For every format: the time of
+one layer at 1 to 128 rows, and the share of the read rate measured beside it that its bytes are read at.
+"Byte-bound" is the time of a layer's bytes at that rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -46,6 +47,8 @@ class Case:
     rank: int = 0
     """Of a bf16 branch beside every layer, or 0."""
     branch_bits: int = 16
+    beside: str = ""
+    """The case that this one is to be compared with, turn by turn."""
 
 
 def integers(bits: int, group: int) -> Callable[[np.random.Generator, int], Packed]:
@@ -80,13 +83,14 @@ CASES = (
     Case("int4", integers(4, 64), "fast"),
     Case("int4 g128, bf16 rows", integers(4, 128), "bf16"),
     Case("int4 g128", integers(4, 128), "fast"),
-    Case("2:4 int4 g128", sparse, "fast"),
+    Case("2:4 int4 g128, bf16 rows", sparse, "bf16", beside="int4 g128, bf16 rows"),
+    Case("2:4 int4 g128", sparse, "fast", beside="int4 g128"),
     Case("int3", integers(3, 64), "fast"),
     Case("int2", integers(2, 64), "fast"),
-    Case("int4 + rank 32 bf16", integers(4, 64), "fast", rank=32),
-    Case("int4 + rank 32 int8", integers(4, 64), "fast", rank=32, branch_bits=8),
+    Case("int4 + rank 32 bf16", integers(4, 64), "fast", rank=32, beside="int4"),
+    Case("int4 + rank 32 int8", integers(4, 64), "fast", rank=32, branch_bits=8, beside="int4"),
 )
-BASE = "int4"
+BEGIN, END = "<!-- kernels:begin -->\n", "<!-- kernels:end -->\n"
 
 
 def main() -> int:
@@ -95,12 +99,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--width", type=int, default=4096, help="rows and columns of a layer (default 4096)")
-    parser.add_argument("--bytes", type=float, default=4e8, help="weights of each case (default 4e8)")
+    parser.add_argument("--bytes", type=float, default=1e9, help="weights of each case (default 1e9)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
     parser.add_argument("--only", action="append", help="a case's name; may be repeated")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "kernels.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "kernels.png")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
     if not chosen:
@@ -116,6 +121,7 @@ def main() -> int:
     if not arguments.only:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, arguments.plot)
+        fill(arguments.page, result)
     return 0
 
 
@@ -162,9 +168,12 @@ def measure(
             for subject in subjects:
                 print(f"\r{subject.case.name}: turn {turn} of {repeats}  ", end="", file=sys.stderr)
                 subject.turn(int(nbytes), keep=turn > 0)
-        results = [subject.result(width, subjects[0]) for subject in subjects]
+        results = [subject.result(width, subjects) for subject in subjects]
     print(file=sys.stderr)
     return {
+        "commit": subprocess.run(
+            ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
         "machine": {**machine(), "load_average": load_average()},
         "width": width,
         "bytes": nbytes,
@@ -201,9 +210,17 @@ class Subject:
             if keep:
                 self.times[rows].append(seconds / self.layers)
 
-    def result(self, width: int, first: Subject) -> dict[str, Any]:
+    def over(self, other: Subject) -> dict[str, float]:
+        """Time over another case's by rows: medians over the turns."""
+        return {
+            str(rows): median(own / its for own, its in zip(found, other.times[rows], strict=True))
+            for rows, found in self.times.items()
+        }
+
+    def result(self, width: int, all_: Sequence[Subject]) -> dict[str, Any]:
         """Plain JSON data."""
         bound = self.total / self.layers / median(self.rates)
+        beside = next((s for s in all_ if s.case.name == self.case.beside), None)
         return {
             "name": self.case.name,
             "bytes_per_layer": self.total / self.layers,
@@ -213,10 +230,8 @@ class Subject:
             "byte_bound_s": bound,
             "seconds": {str(rows): median(found) for rows, found in self.times.items()},
             "roofline_fraction": bound / median(self.times[1]),
-            "seconds_over_first": {
-                str(rows): median(own / other for own, other in zip(found, first.times[rows], strict=True))
-                for rows, found in self.times.items()
-            },
+            "seconds_over_first": self.over(all_[0]),
+            **({"beside": beside.case.name, "seconds_over_beside": self.over(beside)} if beside else {}),
         }
 
 
@@ -236,18 +251,38 @@ def step(executor: NativeExecutor, view: Any, rows: int) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Time of a layer as multiples of its byte-bound time, per number of rows."""
-    head = f"{'':22}{'bits':>6}{'GB/s':>7}" + "".join(f"{rows:>8}" for rows in ROWS)
-    lines = [f"time / byte-bound time of one layer, {result['width']} x {result['width']}", head]
+    """Markdown: the time of a layer by rows, over its byte-bound time and over other cases' times."""
+    rows = "".join(f" {rows} |" for rows in ROWS)
+    lines = [
+        f"Time over byte-bound time of one layer, {result['width']} x {result['width']}, "
+        f"{result['bytes'] / 1e9:.1f} GB of each, by rows:",
+        "",
+        f"| weights | bits | GB/s at 1 |{rows}",
+        "|---|--:|--:|" + "--:|" * len(ROWS),
+    ]
     for case in result["cases"]:
-        shares = "".join(f"{s / case['byte_bound_s']:8.2f}" for s in case["seconds"].values())
+        shares = "".join(f" {s / case['byte_bound_s']:.2f} |" for s in case["seconds"].values())
         rate = case["bytes_per_layer"] / case["seconds"]["1"] / 1e9
-        lines.append(f"{case['name']:22}{case['bits_per_weight']:6.2f}{rate:7.1f}{shares}")
-    lines += [f"time / time of {result['cases'][0]['name']}, turn by turn", head]
+        lines.append(f"| {case['name']} | {case['bits_per_weight']:.2f} | {rate:.1f} |{shares}")
+    lines += ["", "Time over another's, turn by turn:", ""]
+    lines += [f"| weights | over |{rows}", "|---|---|" + "--:|" * len(ROWS)]
+    first = result["cases"][0]["name"]
     for case in result["cases"]:
-        ratios = "".join(f"{ratio:8.2f}" for ratio in case["seconds_over_first"].values())
-        lines.append(f"{case['name']:35}{ratios}")
+        for other, key in ((first, "seconds_over_first"), (case.get("beside"), "seconds_over_beside")):
+            if other not in (None, case["name"]):
+                ratios = "".join(f" {ratio:.2f} |" for ratio in case[key].values())
+                lines.append(f"| {case['name']} | {other} |{ratios}")
     return "\n".join(lines)
+
+
+def fill(page: Path, result: dict[str, Any]) -> None:
+    """Puts the table between the page's marks; ValueError if it has none."""
+    head, begin, rest = page.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no place for a table")
+    where = f"{result['machine']['cpu']}, {result['threads']} threads; commit {result['commit'][:8]}."
+    page.write_text(f"{head}{BEGIN}\n{where}\n\n{table(result)}\n\n{END}{tail}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -256,8 +291,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
-    for case in result["cases"]:
-        line = axes.plot(ROWS, [1e3 * s for s in case["seconds"].values()], marker="o", label=case["name"])[0]
+    for i, case in enumerate(result["cases"]):
+        times, marker = [1e3 * s for s in case["seconds"].values()], "os^"[i // 10]
+        line = axes.plot(ROWS, times, color=f"C{i}", marker=marker, label=case["name"])[0]
         axes.axhline(1e3 * case["byte_bound_s"], color=line.get_color(), linestyle=":", linewidth=0.8)
     width = result["width"]
     axes.set(
