@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from harness.servers import commit
+from readme import fill
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.bench.host import load_average, machine
@@ -90,7 +91,6 @@ CASES = (
     Case("int4 + rank 32 bf16", integers(4, 64), "fast", rank=32, beside="int4"),
     Case("int4 + rank 32 int8", integers(4, 64), "fast", rank=32, branch_bits=8, beside="int4"),
 )
-BEGIN, END = "<!-- kernels:begin -->\n", "<!-- kernels:end -->\n"
 
 
 def main() -> int:
@@ -121,7 +121,9 @@ def main() -> int:
     if not arguments.only:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, arguments.plot)
-        fill(arguments.page, result)
+        about = f"{result['machine']['cpu']}, {result['threads']} threads; commit {result['commit']}."
+        page = fill(arguments.page.read_text(), "kernels", ["", about, "", table(result), ""])
+        arguments.page.write_text(page)
     return 0
 
 
@@ -171,9 +173,7 @@ def measure(
         results = [subject.result(width, subjects) for subject in subjects]
     print(file=sys.stderr)
     return {
-        "commit": subprocess.run(
-            ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        **commit(HERE),
         "machine": {**machine(), "load_average": load_average()},
         "width": width,
         "bytes": nbytes,
@@ -273,16 +273,6 @@ def table(result: dict[str, Any]) -> str:
                 ratios = "".join(f" {ratio:.2f} |" for ratio in case[key].values())
                 lines.append(f"| {case['name']} | {other} |{ratios}")
     return "\n".join(lines)
-
-
-def fill(page: Path, result: dict[str, Any]) -> None:
-    """Puts the table between the page's marks; ValueError if it has none."""
-    head, begin, rest = page.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no place for a table")
-    where = f"{result['machine']['cpu']}, {result['threads']} threads; commit {result['commit'][:8]}."
-    page.write_text(f"{head}{BEGIN}\n{where}\n\n{table(result)}\n\n{END}{tail}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -17,14 +17,14 @@
 // generation whose other threads were idle, weights in its caches, they took 97 with 64 rows and 125 with 16,
 // where a step of load, load, product and store took 29 by itself; the VNNI kernel 132 and 135. Within a
 // model on the same processor, its other threads busy, weights coming from memory, 16 rows took less in the
-// latter. A group has one chain of products: in a group of 576 columns a step takes 36 ns with 64 rows, as
-// they wait for one another.
+// latter. The products of a group are one chain: in a group of 576 columns a step took 36 ns with 64 rows,
+// where a load and a product by themselves took 7 to 9.
 //
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.
 //
-// Up to 24 rows, whose register tiles are full, go to the VNNI kernel: at 16 the layers of a model took 0.87
-// of the time there, at 32 1.1 to 1.35 of it.
+// Up to 24 rows go to the VNNI kernel: at 16 the layers of a model took 0.87 of the time there, at 32 1.1 to
+// 1.35 of it.
 #include "linear_amx.h"
 
 #include <immintrin.h>

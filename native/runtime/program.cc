@@ -573,7 +573,9 @@ Program::Cut Program::cut_of(const Node& node) const {
       const Weight& w = weight_of(p);
       const Encoding input = buffers_[static_cast<size_t>(p.input)].spec.encoding;
       if (!w.integer() || input == Encoding::kF32) continue;
-      if (input == Encoding::kInt8 ? tiles : !tiles || w.group > 32) return {kFour, kPackedFours};
+      // On tiles, weights in smaller groups become bf16 themselves, and rows are loaded where they lie.
+      const bool packs = input == Encoding::kInt8 ? tiles : !tiles || w.group >= 64;
+      if (packs) return {kFour, kPackedFours};
     }
   }
   return {kFour, kFours};

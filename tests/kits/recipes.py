@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
+from gristmill.bench.subject import Subject
 from gristmill.calibrate.planted import plant
 from gristmill.calibrate.stream import Stream
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.convert import prepare
+from gristmill.io.json_file import read_object
 from gristmill.methods.compress import compress
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Recipe
@@ -110,3 +113,36 @@ def check_compressed(path: Path, entry: str, directory: Path) -> Checkpoint:
 def _counted(computed: list[int], compute: Any) -> Any:
     computed.append(1)
     return compute()
+
+
+def one_layer(directory: Path) -> Path:
+    """A model of one layer, whose bytes are easily counted: see `check_bits`."""
+    of = files.config(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    return models.save(directory / "one_layer", of)[0]
+
+
+def check_bits(made: Path, added: int) -> None:
+    """Holds what is told of a checkpoint made of `one_layer` against bytes counted by hand.
+
+    Its linears have 4 bits in groups of 64; added: bytes of what the recipe has put beside them.
+    """
+    linears = (128 + 64 + 64 + 128 + 256 + 256) * 128 + 128 * 256  # q, k, v, o, gate, up, down
+    embedding = 272 * 128
+    stored = linears // 2 + linears // 64 * 2 + 4 * embedding + added
+    assert (stored, linears + embedding) == (217_600 + added, 182_272)
+    bits = 8 * stored / (linears + embedding)
+    checkpoint = Checkpoint.open(made)
+    assert checkpoint.bits_per_weight == bits
+    assert checkpoint.weight_bytes == stored + 4 * 3 * 128  # three norms
+    assert read_object(made / "report.json")["bits_per_weight"] == bits
+    assert inspect.run(made)["bits_per_weight"] == bits
+    with Subject.load(made, threads=1) as subject:
+        assert subject.bits_per_weight == bits
+        assert subject.weight_bytes == checkpoint.weight_bytes

@@ -10,7 +10,7 @@ import pytest
 from gristmill.errors import ModelError, UsageError
 from gristmill.formats import group_int
 from gristmill.formats.packed import PLANES
-from gristmill.methods import EXCLUSIVE, STACKABLE, method, names
+from gristmill.methods import EXCLUSIVE, PRECEDES, method, names
 from gristmill.methods.base import Method, Options
 from gristmill.methods.catalogue import describe, listing
 from gristmill.methods.recipe import Entry, Recipe
@@ -243,8 +243,8 @@ def test_groups_must_agree_with_inputs_that_the_model_rounds() -> None:
 
 
 def test_every_method_is_whole() -> None:
-    known = {*EXCLUSIVE, *STACKABLE}
-    assert set().union(*STACKABLE.values()) <= known
+    known = {*EXCLUSIVE, *PRECEDES}
+    assert set().union(*PRECEDES.values()) <= known
     for entry in listing():
         found = method(entry["name"])
         assert found.name == entry["name"]
@@ -263,7 +263,7 @@ def test_every_pair_plans_or_conflicts(first: str, second: str) -> None:
     pair = recipe((a, []), (b, []))
     shared = set(pair.entries[0].tensors(PROGRAM)) & set(pair.entries[1].tensors(PROGRAM))
     conflict = shared and (
-        one & two & set(EXCLUSIVE) or any(STACKABLE.get(slot, frozenset()) & one for slot in two)
+        one & two & set(EXCLUSIVE) or any(PRECEDES.get(slot, frozenset()) & one for slot in two)
     )
     if not conflict:
         pair.plan(PROGRAM)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gristmill.methods.base import EXCLUSIVE, STACKABLE, Method, Options
+from gristmill.methods.base import EXCLUSIVE, PRECEDES, Method, Options
 from gristmill.methods.registry import method, names
 
-__all__ = ["EXCLUSIVE", "STACKABLE", "Method", "Options", "method", "names"]
+__all__ = ["EXCLUSIVE", "PRECEDES", "Method", "Options", "method", "names"]

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from gristmill.methods.draft import Draft
     from gristmill.program.nodes import Program
 
-STACKABLE: dict[str, frozenset[str]] = {
-    # Slot -> the slots that must come later on the same tensor.
+PRECEDES: dict[str, frozenset[str]] = {
     "smoothing": frozenset({"permutation", "low_rank", "pruning", "rounding", "activation_encoding"}),
     "rotation": frozenset({"permutation", "low_rank", "pruning", "rounding", "activation_encoding"}),
     "permutation": frozenset({"low_rank", "pruning", "rounding", "activation_encoding"}),
@@ -28,7 +27,7 @@ STACKABLE: dict[str, frozenset[str]] = {
     "pruning": frozenset({"rounding"}),
     "key_scaling": frozenset({"rounding", "low_rank"}),
 }
-"""What must follow the slots that have a place. (Rounding a tensor ends it.)"""
+"""The slots that must not be filled before a slot on the same tensor. (Rounding a tensor ends it.)"""
 
 EXCLUSIVE = ("low_rank", "key_scaling", "rounding", "weight_format", "activation_encoding", "kv_format")
 """Slots with one owner per tensor."""

@@ -56,7 +56,8 @@ def compress(
     if recipe.calibrated:
         _need_torch()
     try:
-        with _workplace(target, identity(source, recipe), step_identities(source, recipe)) as work:
+        steps = step_identities(source, recipe)
+        with _workplace(target, identity(source, recipe), steps) as work:
             result = work / "result"
             try:
                 # No name for the draft: it holds the model in float32, and ends before the evaluation begins.
@@ -64,6 +65,7 @@ def compress(
                     Draft(source, calibration=recipe.calibration, kept=work / "steps", progress=progress),
                     recipe,
                     chosen,
+                    steps,
                     result,
                 )
             except (UsageError, ModelError):
@@ -79,9 +81,10 @@ def compress(
     return report
 
 
-def _apply(draft: Draft, recipe: Recipe, chosen: Sequence[Sequence[str]], result: Path) -> None:
+def _apply(
+    draft: Draft, recipe: Recipe, chosen: Sequence[Sequence[str]], steps: Sequence[str], result: Path
+) -> None:
     """Writes the directory `result` anew."""
-    steps = step_identities(draft.source, recipe)
     for entry, tensors, step in zip(recipe.entries, chosen, steps, strict=True):
         draft.begin(step)
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gristmill.errors import UsageError
-from gristmill.methods.base import EXCLUSIVE, STACKABLE, Method, Options
+from gristmill.methods.base import EXCLUSIVE, PRECEDES, Method, Options
 from gristmill.methods.registry import method, names
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _check_slot(name: str, slot: str, entry: Entry, filled: Mapping[tuple[str, s
             f"line {entry.line}: {entry.method.name} and {owner.method.name} (line {owner.line}) both fill "
             f"the slot {slot} of {name}"
         )
-    for later in STACKABLE.get(slot, ()):
+    for later in PRECEDES.get(slot, ()):
         if owner := filled.get((name, later)):
             raise UsageError(
                 f"line {entry.line}: {entry.method.name} ({slot}) must come before {owner.method.name} "

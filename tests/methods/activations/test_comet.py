@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
-from gristmill.bench.subject import Subject
 from gristmill.calibrate.planted import plant
 from gristmill.calibrate.stream import Stream
 from gristmill.errors import UsageError
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.convert import prepare
-from gristmill.io.json_file import read_object
 from gristmill.methods.activations import comet
 from gristmill.methods.activations.comet import METHOD, CometOptions
 from gristmill.methods.base import linear_weights
@@ -29,7 +26,7 @@ from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Recipe
 from gristmill.models import build_program
 from gristmill.program.nodes import Node, Program
-from tests.kits import files, models
+from tests.kits import models, recipes
 
 CASES = ["llama-smollm2", "llama-biases", "mistral", "qwen2", "qwen3", "gemma3-linear"]
 
@@ -235,33 +232,10 @@ def test_orders_count_as_bits(
     permute: str, orders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Draft, "sequences", [models.tokens(48, 250).tolist()])
-    of = files.config(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    small, _ = models.save(tmp_path / "small", of)
-    out = tmp_path / "out"
-    compress(
-        small, Recipe.from_yaml(f"methods: [{{method: comet, permute: {permute}}}]"), out, evaluate=False
-    )
-    made = Checkpoint.open(out)
-    linears = (128 + 64 + 64 + 128 + 256 + 256) * 128 + 128 * 256  # q, k, v, o, gate, up, down
-    embedding = 272 * 128
+    recipe = Recipe.from_yaml(f"methods: [{{method: comet, permute: {permute}}}]")
+    compress(recipes.one_layer(tmp_path), recipe, tmp_path / "out", evaluate=False)
     # An order in f32 for what q/k/v, o and gate/up read; down's is folded into gate and up.
-    stored = linears // 2 + linears // 64 * 2 + 4 * embedding + orders * 4 * 128
-    assert (stored, linears + embedding) == (217_600 + orders * 512, 182_272)
-    bits = 8 * stored / (linears + embedding)
-    assert made.bits_per_weight == bits
-    assert made.weight_bytes == stored + 4 * 3 * 128  # three norms
-    assert read_object(out / "report.json")["bits_per_weight"] == bits
-    assert inspect.run(out)["bits_per_weight"] == bits
-    with Subject.load(out, threads=1) as subject:
-        assert subject.bits_per_weight == bits
-        assert subject.weight_bytes == made.weight_bytes
+    recipes.check_bits(tmp_path / "out", orders * 4 * 128)
 
 
 def test_resumes_with_the_same_bytes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
-from gristmill.bench.subject import Subject
 from gristmill.calibrate import gptq as solver
 from gristmill.errors import UsageError
 from gristmill.formats.packed import decode
@@ -23,9 +21,7 @@ from gristmill.methods.compress import compress
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Recipe
 from gristmill.methods.weights.svdquant import candidates, low_rank
-from tests.kits import files, models
-
-QUICK = "grid: 2, iterations: 2"
+from tests.kits import files, models, recipes
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +32,8 @@ def text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(source: Path, out: Path, options: str, more: str = "", tensors: str = "'*'") -> Checkpoint:
-    quick = "" if "grid:" in options else f"{QUICK}, "
-    text = f"methods: [{{method: svdquant, {quick}{options}, tensors: [{tensors}]}}{more}]"
+    grid = "" if "grid:" in options else "grid: 2, "
+    text = f"methods: [{{method: svdquant, {grid}iterations: 2, {options}, tensors: [{tensors}]}}{more}]"
     compress(source, Recipe.from_yaml(text), out, evaluate=False)
     return Checkpoint.open(out)
 
@@ -177,31 +173,11 @@ def test_what_is_stored_is_the_oracle(options: str, source: Path, tmp_path: Path
 
 
 def test_the_branch_counts_as_bits_not_as_weights(tmp_path: Path) -> None:
-    of = files.config(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    small, _ = models.save(tmp_path / "small", of)
-    found = made(small, tmp_path / "out", "rank: 5")
+    found = made(recipes.one_layer(tmp_path), tmp_path / "out", "rank: 5")
     outputs = 128 + 64 + 64 + 128 + 256 + 256 + 128  # q, k, v, o, gate, up, down
-    linears = (128 + 64 + 64 + 128 + 256 + 256) * 128 + 128 * 256
-    embedding = 272 * 128
     downs = 16 * 2 * (3 * 128 + 256)  # bf16, 5 rows padded to 16, for q/k/v, o and gate/up, and for down
     ups = outputs * 8 * 2  # bf16, 5 columns padded to 8
-    stored = linears // 2 + linears // 64 * 2 + 4 * embedding + downs + ups
-    assert (stored, linears + embedding) == (254_464, 182_272)
-    bits = 8 * stored / (linears + embedding)
-    assert found.bits_per_weight == bits
-    assert found.weight_bytes == stored + 4 * 3 * 128  # three norms
-    assert read_object(found.directory / "report.json")["bits_per_weight"] == bits
-    assert inspect.run(found.directory)["bits_per_weight"] == bits
-    with Subject.load(found.directory, threads=1) as subject:
-        assert subject.bits_per_weight == bits
-        assert subject.weight_bytes == found.weight_bytes
+    recipes.check_bits(found.directory, downs + ups)
 
 
 def test_only_the_tensors_asked_for(source: Path, tmp_path: Path) -> None:
