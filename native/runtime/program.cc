@@ -19,7 +19,7 @@ constexpr int64_t kGateRows = 72;
 // What a thread takes at once of rows at least, and of weights in units: fours of blocks, as kernels work on
 // two or four at a time, or single ones where all threads would not get some otherwise. Kernels that pack
 // their rows do so in every call, so with many rows they get more.
-constexpr int64_t kLeastRows = 8, kFour = 4, kFours = 2, kPackedFours = 4, kManyRows = 24;
+constexpr int64_t kLeastRows = 8, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
