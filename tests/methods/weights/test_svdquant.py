@@ -12,7 +12,7 @@ import torch
 from gristmill.backends.native import NativeExecutor
 from gristmill.backends.reference import ReferenceExecutor
 from gristmill.calibrate import gptq as solver
-from gristmill.errors import UsageError
+from gristmill.errors import ModelError, UsageError
 from gristmill.formats.packed import decode
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.io.convert import prepare
@@ -20,6 +20,7 @@ from gristmill.io.json_file import read_object
 from gristmill.methods.compress import compress
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Recipe
+from gristmill.methods.weights import svdquant
 from gristmill.methods.weights.svdquant import candidates, low_rank
 from tests.kits import files, models, recipes
 
@@ -178,6 +179,14 @@ def test_the_branch_counts_as_bits_not_as_weights(tmp_path: Path) -> None:
     downs = 16 * 2 * (3 * 128 + 256)  # bf16, 5 rows padded to 16, for q/k/v, o and gate/up, and for down
     ups = outputs * 8 * 2  # bf16, 5 columns padded to 8
     recipes.check_bits(found.directory, downs + ups)
+
+
+def test_a_branch_without_a_finite_error_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(svdquant._Error, "__call__", lambda *_: float("nan"))
+    with pytest.raises(ModelError, match=r"svdquant: the branch of layers\.0\.\S+ has no finite error$"):
+        made(source, tmp_path / "out", "rank: 4, grid: 0")
 
 
 def test_only_the_tensors_asked_for(source: Path, tmp_path: Path) -> None:
