@@ -17,13 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness.planted import planted
+
 from gristmill import methods
-from gristmill.calibrate.planted import plant
-from gristmill.methods import Method, Options
 from gristmill.methods.compare import compare, plot
-from gristmill.methods.compress import compress
-from gristmill.methods.draft import Draft
-from gristmill.methods.recipe import Entry, Recipe
+from gristmill.methods.recipe import Recipe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -31,7 +29,6 @@ RESULTS = HERE / "results" / "methods.json"
 EVIDENCE = ROOT / "src" / "gristmill" / "methods" / "evidence.json"
 PAGE = ROOT / "docs" / "methods" / "README.md"
 RECIPES = ROOT / "examples" / "recipes"
-KINDS = ("norm", "gated", "keys")
 CLAIMS = (
     *("rtn", "awq", "smoothquant_plus", "w4a4", "w4a8", "svdquant", "svdquant_smoothing"),
     *("comet", "fireq", "fireq_unscaled"),
@@ -47,25 +44,6 @@ BESIDE = {
 }
 """Further rows of a method's table: what it is to be compared with."""
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
-
-
-class Plant(Method[Options]):
-    """Outliers in the inputs of all linears and in the keys; the function stays."""
-
-    name = "plant"
-    title = "Planted outliers"
-    paper = ""
-
-    def slots(self, options: Options) -> Sequence[str]:
-        """As a smoothing, in the other direction."""
-        return ("smoothing",)
-
-    def apply(self, draft: Draft, options: Options, tensors: Sequence[str]) -> None:
-        """Plants them."""
-        weights = {name: draft.weight(name) for name in draft.program.weights}
-        for name, values in plant(draft.program, weights, KINDS).items():
-            if values is not weights[name]:
-                draft.set(name, values)
 
 
 def main() -> int:
@@ -113,13 +91,10 @@ def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
 
 def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) -> dict[str, Any]:
     """Both comparisons, and the time and memory that every recipe took."""
-    planted = work / "planted"
-    if not planted.exists():
-        recipe = Recipe((Entry(Plant(), Options(), (), 1),), "planted", floats="f32")
-        compress(arguments.model, recipe, planted, evaluate=False)
+    changed = planted(arguments.model, work)
     claimed = [recipe for recipe in recipes if recipe.name in CLAIMS]
     took: dict[str, dict[str, float]] = {}
-    for model, chosen, place in ((arguments.model, recipes, "plain"), (planted, claimed, "outliers")):
+    for model, chosen, place in ((arguments.model, recipes, "plain"), (changed, claimed, "outliers")):
         for recipe in chosen:
             target, cost = work / place / recipe.name, work / place / f"{recipe.name}.cost.json"
             if not target.exists():
@@ -132,7 +107,7 @@ def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) ->
         return {}
     options = {"tokens": arguments.tokens, "repeats": arguments.repeats, "threads": arguments.threads}
     plain = compare(arguments.model, recipes, work / "plain", **options)
-    outliers = compare(planted, claimed, work / "outliers", **{**options, "repeats": 1})
+    outliers = compare(changed, claimed, work / "outliers", **{**options, "repeats": 1})
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
