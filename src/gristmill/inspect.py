@@ -48,8 +48,9 @@ def run(
     Returns model, kind (gguf, hf, checkpoint), name, files, architecture, supported (and reason, if not),
     config (sizes; None if not supported), parameters, weight_bytes, bits_per_weight (of the matrices; what
     a recipe has added counts as bytes, not as weights), formats (totals per tensor format),
-    kv_bytes_per_token (by KV format, of a token that all layers keep), tokenizer, tensors. A model of an
-    unknown architecture is described as far as its headers go.
+    kv_bytes_per_token (by KV format, of a token that all layers keep), tokenizer, tensors. Of a checkpoint
+    also what made it, as far as its files tell: methods, recipe (the YAML text), calibration, notes, quality.
+    A model of an unknown architecture is described as far as its headers go.
 
     Raises ModelError for what is not a model, or is damaged.
     """
@@ -280,14 +281,24 @@ def _joined(config: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor
     ]
 
 
+RECIPE_LIMIT = 1 << 20
+_MADE = {"methods": list, "calibration": dict, "notes": list, "quality": dict}
+"""What a report may say of the recipe, and of which type it must be to be shown."""
+
+
 def _checkpoint(source: Source) -> dict[str, Any]:
     from gristmill.io.checkpoint import Checkpoint
     from gristmill.io.expected import expected_tensors
     from gristmill.io.json_file import read_object
+    from gristmill.io.mapped import read_small
 
     checkpoint = Checkpoint.open(source.path)
-    report = source.path / "report.json"
-    name = read_object(report).get("model") if report.is_file() else None
+    path, recipe = source.path / "report.json", source.path / "recipe.yaml"
+    report = read_object(path) if path.is_file() else {}
+    name = report.get("model")
+    made = {key: report[key] for key, kind in _MADE.items() if isinstance(report.get(key), kind)}
+    if recipe.is_file():
+        made["recipe"] = read_small(recipe, RECIPE_LIMIT).decode(errors="replace")
     tensors = []
     for tensor in checkpoint.names():
         nbytes = sum(extent.nbytes for extent in checkpoint.extents(tensor).values())
@@ -301,6 +312,7 @@ def _checkpoint(source: Source) -> dict[str, Any]:
         "architecture": _architecture(checkpoint.config),
         "config": checkpoint.config,
         "base": expected_tensors(checkpoint.config),
+        **made,
         "tokenizer": _tokenizer(source.path),
         "tensors": tensors,
     }

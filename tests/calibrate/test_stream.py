@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,35 @@ def test_every_buffer_is_what_a_step_computes(name: str, lowered: bool) -> None:
     assert seen == sum(len(node.inputs) for node in executor.program.nodes)
     for logits, whole in zip(stream.output(), expected, strict=True):
         assert np.array_equal(logits.to(torch.float32).numpy(), whole)
+
+
+@pytest.mark.parametrize("limit", [0, 30_000])
+def test_what_memory_does_not_hold_lies_in_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    executor = make("llama-smollm2", "float32")
+    ids = [*sequences(executor), *sequences(executor)]
+    with executor.tap(*executor.program.buffers) as taps:
+        expected = [models.logits(executor, one, [len(one)]) for one in ids]
+    opened = []
+    monkeypatch.setattr("gristmill.calibrate.stream.IN_MEMORY", limit)
+    real = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **a: (opened.append(a["dir"]), real(**a))[1])
+    stream = Stream(executor, ids, tmp_path)
+    for i, node in enumerate(stream):
+        assert sum(stream._resident.values()) <= limit
+        assert not list(tmp_path.iterdir())  # no names, whatever happens to the process
+        for j, buffer in enumerate(node.inputs):
+            assert same(stream.inputs(node, j), taps[buffer])
+        if i == 20:
+            rest = stream.fork(executor)
+    for found in (stream.output(), rest.run_to_end()):
+        for logits, whole in zip(found, expected, strict=True):
+            assert np.array_equal(logits.numpy(), whole)
+    assert set(opened) == {tmp_path}
+    assert limit == 0 or len(opened) < len(ids) * len(executor.program.nodes)
+    with pytest.raises(FileNotFoundError):
+        Stream(executor, ids, tmp_path / "gone").run_to_end()
 
 
 def test_a_buffer_is_held_from_its_writer_to_its_last_reader() -> None:

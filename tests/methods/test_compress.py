@@ -25,7 +25,9 @@ from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Calibration, Entry, Recipe
 from gristmill.program.edits import round_inputs
 from gristmill.program.nodes import Program
+from gristmill.terminal.tables import _made
 from tests.kits import models
+from tests.kits import recipes as kit
 
 RTN = "methods: [{method: rtn, bits: 4, group: 32, tensors: '*mlp*'}]"
 
@@ -203,6 +205,58 @@ def test_groups_that_no_method_told_of_are_refused(small: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="rounded in groups of 32 columns, its weights in groups of 64"):
         compress(small, Recipe(entries), tmp_path / "out", evaluate=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_inputs_in_other_groups_than_stored_codes(small: Path, tmp_path: Path) -> None:
+    """Nobody chose the source's groups: the model runs, in bf16, near what exact arithmetic gives."""
+    groups = "methods: [{method: rtn, bits: 6, group: 32, tensors: ['*']}]"
+    compress(small, Recipe.from_yaml(groups), tmp_path / "codes", evaluate=False)
+    recipe = Recipe.from_yaml("methods: [{method: round_activations, bits: 8, group: 64}]")
+    report = compress(tmp_path / "codes", recipe, tmp_path / "out", evaluate=False)
+    (note,) = report["notes"]
+    assert note.endswith("stored weights in groups of 32: the model runs with activations bf16")
+    made = Checkpoint.open(tmp_path / "out")
+    assert made.activations == "bf16"
+    ids = models.tokens(20, made.program().vocab_size)
+    expected = models.logits(ReferenceExecutor.load(made), ids, [20])
+    for activations, limit in (("exact", 0.02), (None, 0.1)):  # now and then a code flips
+        with closing(
+            NativeExecutor.load(tmp_path / "out", activations=activations, kv_dtype="f32")
+        ) as executor:
+            assert executor.activations == (activations or "bf16")
+            assert models.relative_error(models.logits(executor, ids, [20]), expected) < limit
+
+
+def test_edits_that_the_program_does_not_admit_name_the_line(tmp_path: Path) -> None:
+    small = kit.speaking(tmp_path)
+    text = kit.CALIBRATION + "methods:\n- {method: fireq, weights: false, activations: false, keys: s}\n"
+    compress(small, Recipe.from_yaml(text), tmp_path / "once", evaluate=False)
+    with pytest.raises(UsageError, match=r"^r\.yaml, line 3: fireq: the keys of .* are scaled already$"):
+        compress(tmp_path / "once", Recipe.from_yaml(text, "r.yaml"), tmp_path / "twice", evaluate=False)
+
+
+def test_inspect_tells_what_a_recipe_did(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress(small, Recipe.from_yaml(RTN), out, evaluate=False)
+    report = json.loads((out / "report.json").read_text())
+    figures = {"kl_mean": 0.25, "top1_agreement": 0.5, "perplexity": 3.0, "base_perplexity": 2.0}
+    report["quality"] = {"tokens": 10, "text": "some text", **figures}
+    report["calibration"] = {"tokens": 2048, "text": "other text"}
+    report["notes"] = ["a note", 5]
+    (out / "report.json").write_text(json.dumps(report))
+    found = inspect.run(out)
+    assert found["methods"] == ["rtn"]
+    assert found["recipe"] == (out / "recipe.yaml").read_text()
+    assert dict(_made(found)) == {
+        "recipe": "rtn (--json has its text)",
+        "calibrated on": "2,048 tokens of other text",
+        "note": "a note",
+        "quality": "KL 0.25, top-1 50.0 %, perplexity 3.000 (base 2.000), over 10 tokens of some text",
+    }
+    report |= {"methods": 5, "quality": {"tokens": 10, "text": []}, "calibration": [], "notes": {}}
+    (out / "report.json").write_text(json.dumps(report))
+    assert _made(inspect.run(out)) == []
+    assert "methods" not in inspect.run(small)
 
 
 class SlowOptions(Options):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ from gristmill.program.nodes import Node
 
 Rows = list[Tensor]
 """A buffer of all sequences: one tensor [tokens, width] each, in the executor's dtype."""
+
+IN_MEMORY = 512 << 20
+"""Bytes of a stream's buffers that are held in memory."""
 
 
 class Stream:
@@ -32,16 +38,23 @@ class Stream:
 
     Memory: a buffer lives from the node that writes it to the last that reads it, so that at most the widest
     block's buffers are held (four of 16 x 512 tokens and 1,536 columns take 200 MB in float32), and what
-    attention and the other nodes need besides is that of one sequence. The logits are the exception: all
-    their rows are kept if the last node runs. No gradients are recorded. A sequence's numbers do not depend
-    on the other sequences.
+    attention and the other nodes need besides is that of one sequence. Of all buffers IN_MEMORY bytes are
+    held in memory; what is beyond lies in files without a name, which are mapped, and end with the stream.
+    No gradients are recorded. A sequence's numbers do not depend on the other sequences.
     """
 
     def __init__(
-        self, executor: ReferenceExecutor, sequences: Sequence[Sequence[int] | NDArray[np.int64]]
+        self,
+        executor: ReferenceExecutor,
+        sequences: Sequence[Sequence[int] | NDArray[np.int64]],
+        scratch: Path | None = None,
     ) -> None:
-        """sequences: token ids, each a whole prompt. UsageError for an empty one or an id out of range."""
+        """sequences: token ids, each a whole prompt. UsageError for an empty one or an id out of range.
+
+        scratch: the directory for buffers beyond IN_MEMORY; None: the system's. OSError where it is full.
+        """
         self.executor = executor
+        self._scratch = scratch
         self.program = executor.program
         self._ids = [np.asarray(ids, np.int64) for ids in sequences]
         if not self._ids:
@@ -53,6 +66,7 @@ class Stream:
                 raise UsageError(f"a token id is outside the vocabulary of {executor.vocab_size}")
         self._index = {node.name: i for i, node in enumerate(self.program.nodes)}
         self._held: dict[str, Rows] = {}
+        self._resident: dict[str, int] = {}  # buffer -> its bytes in memory
         self._next = 0
 
     @property
@@ -125,8 +139,9 @@ class Stream:
         """
         if executor.program.nodes[: self._next] != self.program.nodes[: self._next]:
             raise UsageError("a stream can only be forked to a program that begins with the same nodes")
-        other = Stream(executor, self._ids)
+        other = Stream(executor, self._ids, self._scratch)
         other._held, other._next = dict(self._held), self._next
+        other._resident = dict(self._resident)
         return other
 
     def run_to_end(self) -> Rows:
@@ -146,18 +161,30 @@ class Stream:
 
     def _run(self, node: Node) -> None:
         inputs = [self._held[name] for name in node.inputs]
-        outputs: list[Rows] = [[] for _ in node.outputs]
+        outputs: dict[str, Rows] = {name: [] for name in node.outputs}
         for i in range(len(self._ids)):
             values = self._outputs(node, i, [rows[i] for rows in inputs], self.executor.weights)
-            for rows, value in zip(outputs, values, strict=True):
-                rows.append(value)
-        for name, rows in zip(node.outputs, outputs, strict=True):
-            self._held[name] = rows
+            for (name, rows), value in zip(outputs.items(), values, strict=True):
+                rows.append(self._keep(name, value))
+        self._held.update(outputs)
         last = self.executor.last_reader
         for name in [*node.inputs, *node.outputs]:
             if last.get(name, self._next) == self._next and name != self.program.output:
                 self._held.pop(name, None)
+                self._resident.pop(name, None)
         self._next += 1
+
+    def _keep(self, name: str, rows: Tensor) -> Tensor:
+        """The rows of one sequence of a buffer, in memory if there is room, else in a file."""
+        if sum(self._resident.values()) + rows.nbytes <= IN_MEMORY or not rows.nbytes:
+            self._resident[name] = self._resident.get(name, 0) + rows.nbytes
+            return rows
+        with tempfile.TemporaryFile(dir=self._scratch) as file:
+            # Written, not mapped for writing: a full disk is an error then, not a signal.
+            file.write(rows.contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), rows.nbytes, flags=mmap.MAP_PRIVATE)
+        return torch.frombuffer(mapped, dtype=rows.dtype).view(rows.shape)
 
     def _outputs(
         self, node: Node, index: int, inputs: list[Tensor], weights: Mapping[str, Tensor]

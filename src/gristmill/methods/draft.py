@@ -28,6 +28,7 @@ from gristmill.methods.recipe import Calibration
 if TYPE_CHECKING:
     from gristmill.backends.reference import ReferenceExecutor
     from gristmill.calibrate.sites import Site
+    from gristmill.calibrate.stream import Stream
     from gristmill.program.nodes import Program
 
 _TEXT = "calibration.json"
@@ -141,6 +142,12 @@ class Draft:
                 self.program, {name: self.weight(name) for name in self.program.weights}
             )
         return self._executor
+
+    def stream(self, sequences: Sequence[Sequence[int]] | None = None) -> Stream:
+        """A run of the model as it stands over the calibration text, or over these sequences."""
+        from gristmill.calibrate.stream import Stream
+
+        return Stream(self.executor, self.sequences if sequences is None else sequences, self._root)
 
     @cached_property
     def sequences(self) -> Sequence[Sequence[int]]:

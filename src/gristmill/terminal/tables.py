@@ -193,7 +193,36 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     lines.append(("tokenizer", _tokenizer(result["tokenizer"])))
+    return [*lines, *_made(result)]
+
+
+def _made(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a recipe did, and how near the result is to its base, of a checkpoint that tells.
+
+    The values are from a file that may be anyone's: what is not as it should be is left out.
+    """
+    lines = []
+    if methods := [one for one in result.get("methods", ()) if isinstance(one, str)]:
+        lines.append(("recipe", f"{', then '.join(methods)} (--json has its text)"))
+    calibration, quality = result.get("calibration", {}), result.get("quality", {})
+    if _all(calibration, text=str, tokens=int):
+        lines.append(("calibrated on", f"{calibration['tokens']:,} tokens of {calibration['text']}"))
+    lines += [("note", one) for one in result.get("notes", ()) if isinstance(one, str)]
+    figures = ("kl_mean", "top1_agreement", "perplexity", "base_perplexity")
+    if _all(quality, text=str, tokens=int, **dict.fromkeys(figures, float)):
+        kl, top1, perplexity, base = (quality[key] for key in figures)
+        lines.append(
+            (
+                "quality",
+                f"KL {kl:.4g}, top-1 {100 * top1:.1f} %, perplexity {perplexity:.3f} (base {base:.3f}), "
+                f"over {quality['tokens']:,} tokens of {quality['text']}",
+            )
+        )
     return lines
+
+
+def _all(values: Mapping[str, Any], **kinds: type) -> bool:
+    return all(isinstance(values.get(key), kind) for key, kind in kinds.items())
 
 
 def _windows(windows: Sequence[Mapping[str, int]]) -> str:

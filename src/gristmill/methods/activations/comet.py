@@ -141,9 +141,8 @@ def _analyse(
 ) -> dict[str, NDArray[np.int64]]:
     """Order [width] and widths in bits [blocks] of every input, from one run over the calibration text."""
     from gristmill.calibrate.statistics import AbsMax
-    from gristmill.calibrate.stream import Stream
 
-    stream = Stream(draft.executor, draft.sequences)
+    stream = draft.stream()
     first = {nodes[0].name: source for source, nodes in inputs.items()}
     result: dict[str, NDArray[np.int64]] = {}
     for node in stream:

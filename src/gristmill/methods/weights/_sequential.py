@@ -30,11 +30,10 @@ def round_in_sequence(
     given the Hessian [K, K] of that buffer (`statistics.Hessian`). Resumes; `label` names the work.
     """
     from gristmill.calibrate.statistics import Hessian
-    from gristmill.calibrate.stream import Stream
 
     left = set(tensors)
     readers = linears_of(draft.program)
-    stream = Stream(draft.executor, draft.sequences)
+    stream = draft.stream()
     for node in stream:
         if not left:
             return

@@ -59,7 +59,6 @@ class Awq(Method[AwqOptions]):
 
     def apply(self, draft: Draft, options: AwqOptions, tensors: Sequence[str]) -> None:
         """Finds every site's factors in the model as it is, moves them, then packs every tensor."""
-        from gristmill.calibrate.stream import Stream
 
         kinds = [kind for kind in SMOOTHING if kind != VALUES or options.values]
         sites = sites_within(draft, tensors, kinds)
@@ -67,7 +66,7 @@ class Awq(Method[AwqOptions]):
         readers = linears_of(draft.program)
         left = set(tensors)
         factors, grams = {}, {}
-        stream = Stream(draft.executor, first_tokens(draft.sequences, options.tokens))
+        stream = draft.stream(first_tokens(draft.sequences, options.tokens))
         for node in stream:
             if not left:
                 break

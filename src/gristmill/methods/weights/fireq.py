@@ -267,10 +267,9 @@ def _scale(draft: Draft, options: FireqOptions, chosen: set[str], attention: lis
                 raise UsageError(f"the keys of {name} cannot be scaled: its q_proj is not among the tensors")
     if not sites and options.keys == "none":
         return
-    from gristmill.calibrate.stream import Stream
 
     count = max(1, SEARCHED_TOKENS // len(draft.sequences[0]))
-    stream = Stream(draft.executor, draft.sequences[:count])
+    stream = draft.stream(draft.sequences[:count])
     factors: list[tuple[Site, NDArray[np.float64]]] = []
     key_scales: dict[str, NDArray[np.float32]] = {}
     for i, node in enumerate(stream):

@@ -116,13 +116,12 @@ class _Run:
         self.unsmoothed = [name for name in tensors if name not in smoothed] if options.grid else []
 
     def run(self) -> None:
-        from gristmill.calibrate.stream import Stream
 
         draft, total = self.draft, len(self.groups)
         if self.unsmoothed:
             what = ", ".join(self.unsmoothed[:3]) + (", ..." if len(self.unsmoothed) > 3 else "")
             draft.notes.append(f"svdquant: {len(self.unsmoothed)} matrices are not smoothed: {what}")
-        stream = Stream(draft.executor, draft.sequences)
+        stream = draft.stream()
         done = 0
         for node in stream:
             for site in self.sites.get(node.name, ()):
@@ -306,14 +305,19 @@ class _Error:
             [weights[n.weights[1]] if n.weights[1:] else z for n, z in zip(nodes, none, strict=True)]
         )
         self.last = _behind_attention(run.program, nodes)
-        count, rows = len(inputs), torch.cat(list(inputs))
+        count, ends = len(inputs), np.cumsum([len(part) for part in inputs])
         if self.last is None:
             # Spread evenly, so that all of the text has its share.
-            rows = rows[torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long()]
+            total = int(ends[-1])
+            places = torch.linspace(0, total - 1, min(_ROWS, total)).long()
+            parts = np.searchsorted(ends, places.numpy(), side="right")
+            begins = ends - [len(part) for part in inputs]
+            rows = torch.stack(
+                [inputs[j][place - int(begins[j])] for j, place in zip(parts, places.tolist(), strict=True)]
+            )
         else:
-            ends = np.cumsum([len(part) for part in inputs])
             count = min(count, int(np.searchsorted(ends, _ROWS)) + 1)
-            rows = rows[: ends[count - 1]]
+            rows = torch.cat(list(inputs[:count]))
         self.lengths = [len(part) for part in inputs[:count]]
         self.x = rows
         self.target = self.module(rows @ self.w.T)
