@@ -178,11 +178,12 @@ def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str
         f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}. Speeds are "
         f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has fewer "
         f"bytes and less KL. Methods calibrate on {result['calibration']} tokens. "
+        "`runs in`: the arithmetic of the linear layers, and the KV format if it is not bf16. "
         "The last two columns are of the model with planted outliers, for recipes that claim it.",
         "",
-        "| recipe | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s | compress s "
-        f"{'| peak MB ' if peaks else ''}| planted KL | planted perplexity |",
-        f"|---{'|--:' * (11 if peaks else 10)}|",
+        "| recipe | runs in | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s "
+        f"| compress s {'| peak MB ' if peaks else ''}| planted KL | planted perplexity |",
+        f"|---|---{'|--:' * (11 if peaks else 10)}|",
     ]
     for row in plain["results"]:
         if only is not None and row["name"] not in only:
@@ -191,7 +192,8 @@ def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str
         outliers = f"{other['kl_mean']:.4g} | {other['perplexity']:.3f}" if other else "|"
         took = result["compress_s"].get(row["name"])
         lines.append(
-            f"| {row['name']}{' *' if row['pareto'] else ''} | {row['bits_per_weight']:.2f} "
+            f"| {row['name']}{' *' if row['pareto'] else ''} | {arithmetic(row['modes'])} "
+            f"| {row['bits_per_weight']:.2f} "
             f"| {row['weight_bytes'] / 1e6:.1f} | {row['kl_mean']:.4g} | {100 * row['top1_agreement']:.1f} "
             f"| {row['perplexity']:.3f} | {row['decode_tokens_per_s']:.0f} ({row['decode_ratio']:.2f}x) "
             f"| {row['prefill_tokens_per_s']:,.0f} ({row['prefill_ratio']:.2f}x) "
@@ -200,6 +202,12 @@ def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str
             + f"| {outliers} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def arithmetic(modes: Mapping[str, Any]) -> str:
+    """In a few words, what a row ran in."""
+    kv = "" if modes["kv_dtype"] == "bf16" else f", KV {modes['kv_dtype']}"
+    return f"{modes['arithmetic']}{kv}"
 
 
 if __name__ == "__main__":

@@ -50,7 +50,16 @@ from gristmill.methods.recipe import Recipe
 OUT = HERE / "results" / "quants.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 RECIPES = HERE.parent / "examples" / "recipes"
-OURS = ("gptq", "gptq_mixed", "awq", "smoothquant_plus", "smoothquant_plus_gptq", "marlin", "svdquant")
+OURS = (
+    "gptq",
+    "gptq_mixed",
+    "awq",
+    "smoothquant_plus",
+    "smoothquant_plus_gptq",
+    "awq_gptq",
+    "marlin",
+    "svdquant",
+)
 """Recipes of 4-bit weights, as far as they are there."""
 GROUPS = (32, 64, 120, 128, 192)
 LLAMACPP = ("q4_0", "iq4_nl", "q4_1", "q4_k_s", "q4_k_m")
@@ -212,32 +221,35 @@ def merged(old: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**new, "quants": [*(row for row in old["quants"] if row["name"] not in names), *new["quants"]]}
 
 
-def against(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For every peer's model off the grid: the best of ours with no more bits, by the weights' KL."""
-    rows = [row for row in result["quants"] if row["weights"]["figures"] and not row["on_grid"]]
+def against(result: Mapping[str, Any], by: str = "weights") -> list[dict[str, Any]]:
+    """For every peer's model off the grid: the best of ours with no more bits.
+
+    by: the KL of the "weights", or of each program's "own" arithmetic.
+    """
+    rows = [row for row in result["quants"] if row[by]["figures"] and not row["on_grid"]]
+
+    def kl(row: Mapping[str, Any]) -> float:
+        return float(row[by]["figures"]["kl_mean"])
+
     verdicts = []
     for peer in rows:
         # A hundredth of a bit: what shapes and padding take.
         rivals = [r for r in rows if r["tool"] == "gristmill" and r["bits"] <= peer["bits"] + 0.01]
         if peer["tool"] == "gristmill":
             continue
-        best = min(rivals, key=_kl, default=None)
+        best = min(rivals, key=kl, default=None)
         verdicts.append(
             {
                 "peer": f"{TOOLS[peer['tool']]} {peer['name']}",
                 "bits": peer["bits"],
-                "kl": _kl(peer),
+                "kl": kl(peer),
                 "ours": best and best["name"],
                 "our_bits": best and best["bits"],
-                "our_kl": best and _kl(best),
-                "lower": best is not None and _kl(best) < _kl(peer),
+                "our_kl": best and kl(best),
+                "lower": best is not None and kl(best) < kl(peer),
             }
         )
     return verdicts
-
-
-def _kl(row: Mapping[str, Any]) -> float:
-    return float(row["weights"]["figures"]["kl_mean"])
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
@@ -266,12 +278,15 @@ def table(result: Mapping[str, Any]) -> list[str]:
             f"| {figures['kl_mean']:.4f} | {100 * figures['top1_agreement']:.1f} "
             f"| {figures['perplexity']:.3f} | {runs} |"
         )
-    lines += ["", "Each peer's against the best of ours that has no more bits, by the weights' KL:", ""]
-    lines += ["| peer | bits | KL | gristmill | bits | KL | lower |", "|---|--:|--:|---|--:|--:|---|"]
-    for row in against(result):
-        mine = f"{row['ours']} | {row['our_bits']:.2f} | {row['our_kl']:.4f}" if row["ours"] else "none | | "
-        lower = "yes" if row["lower"] else "no"
-        lines.append(f"| {row['peer']} | {row['bits']:.2f} | {row['kl']:.4f} | {mine} | {lower} |")
+    for by, what in (("weights", "by the weights' KL"), ("own", "as each program runs them")):
+        lines += ["", f"Each peer's against the best of ours that has no more bits, {what}:", ""]
+        lines += ["| peer | bits | KL | gristmill | bits | KL | lower |", "|---|--:|--:|---|--:|--:|---|"]
+        for row in against(result, by):
+            mine = (
+                f"{row['ours']} | {row['our_bits']:.2f} | {row['our_kl']:.4f}" if row["ours"] else "none | | "
+            )
+            lower = "yes" if row["lower"] else "no"
+            lines.append(f"| {row['peer']} | {row['bits']:.2f} | {row['kl']:.4f} | {mine} | {lower} |")
     if failed:
         lines += ["", "Without figures:", "", *(f"- {text}" for text in dict.fromkeys(failed))]
     return lines

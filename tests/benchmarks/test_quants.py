@@ -93,7 +93,10 @@ def test_a_peer_meets_the_best_of_ours_with_no_more_bits():
         "llm-compressor gptq": ("a", False),
         "llama.cpp tiny": (None, False),
     }
+    result["quants"][1]["own"] = row("b", "gristmill", 4.5, 0.3)["own"]  # int8 activations may cost more
+    assert [v["lower"] for v in quants.against(result, "own")] == [False, False, False]
     text = "\n".join(quants.table(result))
+    assert "| llama.cpp Q4_0 | 4.50 | 0.2500 | a | 4.25 | 0.3000 | no |" in text
     assert "| 5.00 | llama.cpp | Q4_1 = | 0.0000 | 90.0 | 10.000 | 0.0000 |" in text
     assert "| llama.cpp Q4_0 | 4.50 | 0.2500 | b | 4.50 | 0.2000 | yes |" in text
     assert "- llm-compressor awq: setup: no compiler" in text
