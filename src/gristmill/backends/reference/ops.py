@@ -218,8 +218,10 @@ def _kept(x: Tensor, kv_format: str) -> Tensor:
         return x
     if kv_format in ("bf16", "int4-channel"):  # the latter's codes come later, `_by_channel`
         rounded = x.to(torch.bfloat16)
-    else:
+    elif kv_format == "int4":
         rounded = torch.cat([_int4(part) for part in torch.split(_wide(x), GROUP, -1)], -1)
+    else:
+        raise ValueError(f"no KV format is called {kv_format!r}")
     # Exact: either the two numbers are within a factor of two, or the rounded one is 0.
     return x + (rounded.to(x.dtype) - x).detach()
 

@@ -354,7 +354,7 @@ def scale_keys(node: Node, rows: list[list[Tensor]], options: FireqOptions, site
     half = 0 if a["rope"] is None else int(a["rope"]["dim"]) // 2
     radius = _largest(rows[1], lambda k: _radii(k.reshape(-1, heads, size), half))
     peak = _largest(rows[1], lambda k: _rotated(node, k).abs()).reshape(heads, size)
-    exact = _attend(node, rows, None, "")
+    exact = _attend(node, rows, None, "f32")
 
     def before(scales: Arrays) -> NDArray[np.float64]:
         """What the keys are multiplied by before the rotation."""
