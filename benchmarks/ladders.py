@@ -1,7 +1,8 @@
 """What each part of a method does to the quality of the demo model: ladders as in the methods' papers.
 
-The rows stand in `ladders.yaml`. Everything runs in exact arithmetic, so that nothing is rounded but what a
-row says; speed is not measured. Writes `results/ladders.json` after every row, and the tables of
+The rows stand in `ladders.yaml`. Linear layers run in exact arithmetic, so that little is rounded but what a
+row says: keys and values are bf16 where it says nothing, and so are matrices that were changed and that
+nobody rounds. Speed is not measured. Writes `results/ladders.json` after every row, and the tables of
 `docs/methods/`. A row that is there already, of the same recipe and commit, is not measured again.
 """
 
@@ -67,7 +68,7 @@ def measure(page: str, rows: Sequence[dict[str, Any]], kept: dict[str, Any], wor
         recipe = Recipe.from_yaml(yaml.safe_dump(document), name)
         about = {"recipe": recipe.to_yaml(), "kv": kv, **{k: row[k] for k in ("tokens", "commit", "changed")}}
         found = before.get(name, {})
-        if any(found.get(key) != value for key, value in about.items()):
+        if row["changed"] or any(found.get(key) != value for key, value in about.items()):
             found = {"name": name, **about}
         for model in ("plain", "planted") if row.get("planted") else ("plain",):
             if model not in found:
@@ -98,7 +99,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     two = any("planted" in row for row in rows)
     lines = [
         f"smollm2, {rows[0]['tokens']} tokens, base perplexity {base:.3f}, calibrated on "
-        f"{CALIBRATION['tokens']}; exact arithmetic but for what a row says. By "
+        f"{CALIBRATION['tokens']}; exact arithmetic and bf16 KV but for what a row says. By "
         f"`python benchmarks/ladders.py`, commit {commits}."
         + (" Last: the model with planted outliers." if two else ""),
         "",

@@ -125,11 +125,11 @@ def results(peers: dict[str, Any], quality: dict[str, Any] | None) -> list[str]:
 
 
 def fill(text: str, name: str, lines: list[str]) -> str:
-    """`text` with the lines between a region's two marks replaced. SystemExit if they are not there."""
+    """`text` with the lines between a region's two marks replaced. SystemExit if there are none."""
     begin = text.find(f"<!-- {name}:begin")
     end = text.find(f"<!-- {name}:end")
     if begin < 0 or end < begin:
-        raise SystemExit(f"README.md has no region {name}")
+        raise SystemExit(f"the page has no region {name}")
     start = text.index("\n", begin) + 1
     return text[:start] + "\n".join(lines) + "\n" + text[end:]
 

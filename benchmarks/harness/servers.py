@@ -285,5 +285,5 @@ def commit(root: Path) -> Mapping[str, Any]:
         )
         return run.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "native")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/native")
     return {"commit": git("rev-parse", "--short=12", "HEAD"), "changed": bool(changed)}

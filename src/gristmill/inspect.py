@@ -281,7 +281,7 @@ def _joined(config: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor
     ]
 
 
-RECIPE_LIMIT = 1 << 20
+RECIPE_LIMIT = 32 << 20
 _MADE = {"methods": list, "calibration": dict, "notes": list, "quality": dict}
 """What a report may say of the recipe, and of which type it must be to be shown."""
 

@@ -214,7 +214,10 @@ def test_inputs_in_other_groups_than_stored_codes(small: Path, tmp_path: Path) -
     recipe = Recipe.from_yaml("methods: [{method: round_activations, bits: 8, group: 64}]")
     report = compress(tmp_path / "codes", recipe, tmp_path / "out", evaluate=False)
     (note,) = report["notes"]
-    assert note.endswith("stored weights in groups of 32: the model runs with activations bf16")
+    assert note.endswith(
+        "in groups of 64 columns, in which not all weights that read them are integers: "
+        "the model runs with activations bf16"
+    )
     made = Checkpoint.open(tmp_path / "out")
     assert made.activations == "bf16"
     ids = models.tokens(20, made.program().vocab_size)
@@ -225,6 +228,21 @@ def test_inputs_in_other_groups_than_stored_codes(small: Path, tmp_path: Path) -
         ) as executor:
             assert executor.activations == (activations or "bf16")
             assert models.relative_error(models.logits(executor, ids, [20]), expected) < limit
+
+
+def test_inputs_of_integers_and_floats(small: Path, tmp_path: Path) -> None:
+    """One input, rounded, of q and k in codes and v in floats: it cannot be codes for all of them."""
+    rounded = "{method: rtn, group: 64, tensors: ['*.q_proj*', '*.k_proj*']}"
+    text = f"methods: [{{method: round_activations}}, {rounded}]"
+    report = compress(small, Recipe.from_yaml(text), tmp_path / "out", evaluate=False)
+    assert len(report["notes"]) == 1
+    with closing(NativeExecutor.load(tmp_path / "out")) as executor:
+        assert executor.activations == "bf16"
+        assert np.isfinite(models.logits(executor, models.tokens(20, executor.vocab_size), [20])).all()
+    whole = "methods: [{method: round_activations, tensors: ['*.v_proj*']}]"
+    assert compress(small, Recipe.from_yaml(whole), tmp_path / "floats", evaluate=False)["notes"] == []
+    with closing(NativeExecutor.load(tmp_path / "floats")) as executor:
+        assert executor.activations == "fast"
 
 
 def test_edits_that_the_program_does_not_admit_name_the_line(tmp_path: Path) -> None:

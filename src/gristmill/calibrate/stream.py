@@ -6,6 +6,7 @@ import mmap
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,6 +25,44 @@ IN_MEMORY = 512 << 20
 """Bytes of a stream's buffers that are held in memory."""
 
 
+class _Growing:
+    """A buffer while it is written, sequence by sequence: in memory while there is room, then in a file."""
+
+    def __init__(self, room: int, scratch: Path | None) -> None:
+        """room: bytes of memory."""
+        self.resident = 0
+        self._room, self._scratch = room, scratch
+        self._rows: Rows = []
+        self._file: IO[bytes] | None = None
+        self._lengths: list[tuple[torch.Size, torch.dtype]] = []
+
+    def append(self, rows: Tensor) -> None:
+        """The rows of the next sequence. OSError where the disk is full."""
+        if self._file is None and self.resident + rows.nbytes <= self._room:
+            self._rows.append(rows)
+            self.resident += rows.nbytes
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 (closed by `finish`)
+        # Written, not mapped for writing: a full disk is an error then, not a signal.
+        self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
+        self._lengths.append((rows.shape, rows.dtype))
+
+    def finish(self) -> Rows:
+        """All of them."""
+        if self._file is None:
+            return self._rows
+        with self._file as file:
+            file.flush()
+            whole = torch.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
+        begin = 0
+        for shape, dtype in self._lengths:
+            end = begin + shape.numel() * dtype.itemsize
+            self._rows.append(whole[begin:end].view(dtype).view(shape))
+            begin = end
+        return self._rows
+
+
 class Stream:
     """A model's step over whole sequences, breadth first: every node runs over all of them before the next.
 
@@ -38,8 +77,9 @@ class Stream:
 
     Memory: a buffer lives from the node that writes it to the last that reads it, so that at most the widest
     block's buffers are held (four of 16 x 512 tokens and 1,536 columns take 200 MB in float32), and what
-    attention and the other nodes need besides is that of one sequence. Of all buffers IN_MEMORY bytes are
-    held in memory; what is beyond lies in files without a name, which are mapped, and end with the stream.
+    attention and the other nodes need besides is that of one sequence. Of a stream's buffers, and of what
+    `evaluate` gives, IN_MEMORY bytes are held in memory; what is beyond lies in files without a name, one per
+    buffer, which are mapped, and end with their readers.
     No gradients are recorded. A sequence's numbers do not depend on the other sequences.
     """
 
@@ -123,14 +163,14 @@ class Stream:
                     self._buffer(name)
             written.update(node.outputs)
         used = self.executor.weights if weights is None else {**self.executor.weights, **weights}
-        result = []
+        result = _Growing(self._room(), self._scratch)
         for i in range(min([len(self._ids), *map(len, given.values())])):
             own = {name: rows[i] for name, rows in given.items()}
             for node in span:
                 inputs = [own[n] if n in own else self._held[n][i] for n in node.inputs]
                 own.update(zip(node.outputs, self._outputs(node, i, inputs, used), strict=True))
             result.append(own[last.outputs[0]])
-        return result
+        return result.finish()
 
     def fork(self, executor: ReferenceExecutor) -> Stream:
         """A stream that goes on from here with another executor; this one stays where it is.
@@ -159,32 +199,24 @@ class Stream:
             raise UsageError(f"the stream does not hold the buffer {name!r} at this point")
         return self._held[name]
 
+    def _room(self) -> int:
+        return IN_MEMORY - sum(self._resident.values())
+
     def _run(self, node: Node) -> None:
         inputs = [self._held[name] for name in node.inputs]
-        outputs: dict[str, Rows] = {name: [] for name in node.outputs}
+        outputs = [_Growing(self._room() // len(node.outputs), self._scratch) for _ in node.outputs]
         for i in range(len(self._ids)):
             values = self._outputs(node, i, [rows[i] for rows in inputs], self.executor.weights)
-            for (name, rows), value in zip(outputs.items(), values, strict=True):
-                rows.append(self._keep(name, value))
-        self._held.update(outputs)
+            for rows, value in zip(outputs, values, strict=True):
+                rows.append(value)
+        for name, rows in zip(node.outputs, outputs, strict=True):
+            self._held[name], self._resident[name] = rows.finish(), rows.resident
         last = self.executor.last_reader
         for name in [*node.inputs, *node.outputs]:
             if last.get(name, self._next) == self._next and name != self.program.output:
                 self._held.pop(name, None)
                 self._resident.pop(name, None)
         self._next += 1
-
-    def _keep(self, name: str, rows: Tensor) -> Tensor:
-        """The rows of one sequence of a buffer, in memory if there is room, else in a file."""
-        if sum(self._resident.values()) + rows.nbytes <= IN_MEMORY or not rows.nbytes:
-            self._resident[name] = self._resident.get(name, 0) + rows.nbytes
-            return rows
-        with tempfile.TemporaryFile(dir=self._scratch) as file:
-            # Written, not mapped for writing: a full disk is an error then, not a signal.
-            file.write(rows.contiguous().view(torch.uint8).numpy().data)
-            file.flush()
-            mapped = mmap.mmap(file.fileno(), rows.nbytes, flags=mmap.MAP_PRIVATE)
-        return torch.frombuffer(mapped, dtype=rows.dtype).view(rows.shape)
 
     def _outputs(
         self, node: Node, index: int, inputs: list[Tensor], weights: Mapping[str, Tensor]

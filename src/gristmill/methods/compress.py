@@ -22,7 +22,6 @@ from gristmill.io.convert import copy_sides, prepare
 from gristmill.io.json_file import read_object
 from gristmill.methods.draft import Draft, give_memory_back
 from gristmill.methods.recipe import Recipe
-from gristmill.program.nodes import ProgramError
 from gristmill.version import __version__
 
 QUALITY_TOKENS = 4096
@@ -90,11 +89,9 @@ def _apply(
         draft.begin(step)
         try:
             entry.method.apply(draft, entry.options, tensors)
-        except (GristmillError, ProgramError) as error:
-            # An edit that the program does not admit is the recipe's fault, not the model's.
-            kind = UsageError if isinstance(error, ProgramError) else type(error)
+        except GristmillError as error:
             place = f"{recipe.where}, line {entry.line}: {entry.method.name}"
-            raise kind(f"{place}: {error}") from error
+            raise type(error)(f"{place}: {error}") from error
     _check_groups(draft)
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
@@ -159,31 +156,36 @@ def write(
 def _check_groups(draft: Draft) -> None:
     """UsageError where inputs are rounded in other groups than the weights that a method has rounded.
 
-    `Recipe.plan` has compared what the methods say of their groups; here is what they did. Weights that stay
-    in the source's codes, of other groups, cannot meet such inputs as integers: the model runs in bf16 then.
+    `Recipe.plan` has compared what the methods say of their groups; here is what they did. Where weights in
+    the source's codes, of other groups, read such inputs, or float weights beside integers, the inputs are
+    not the codes of all products: the model runs in bf16 then.
     """
     program = draft.program
     for encode in (n for n in program.nodes if n.op == "encode" and n.attributes["kind"] == "int"):
         group = encode.attributes["group"]
+        integers = others = False
         for reader in program.readers()[encode.outputs[0]]:
             name = reader.weights[0]
             packed = draft.packed.get(name)
             spec = packed.spec if packed else None if name in draft.changed else draft.source.specs[name]
             if spec is None or spec.format not in ("group_int", "sparse24"):
+                others = True
                 continue
+            integers = True
             if spec.group == group or (spec.groups == 1 and group >= spec.shape[1]):
                 continue
+            others = True
             if packed:
                 raise UsageError(
                     f"the inputs of {reader.name} are rounded in groups of {group} columns, its weights in "
                     f"groups of {spec.group}: give both methods the same group"
                 )
-            if draft.activations is None:
-                draft.activations = "bf16"
-                draft.notes.append(
-                    f"inputs are rounded in groups of {group} columns, stored weights in groups of "
-                    f"{spec.group}: the model runs with activations bf16"
-                )
+        if integers and others and draft.activations is None:
+            draft.activations = "bf16"
+            draft.notes.append(
+                f"{encode.name} rounds inputs in groups of {group} columns, in which not all weights that "
+                "read them are integers: the model runs with activations bf16"
+            )
 
 
 def _dense_rows(values: np.ndarray[Any, Any], floats: str, start: int, stop: int) -> Any:

@@ -143,11 +143,14 @@ class Draft:
             )
         return self._executor
 
-    def stream(self, sequences: Sequence[Sequence[int]] | None = None) -> Stream:
-        """A run of the model as it stands over the calibration text, or over these sequences."""
+    def stream(
+        self, sequences: Sequence[Sequence[int]] | None = None, executor: ReferenceExecutor | None = None
+    ) -> Stream:
+        """A run of the model as it stands, or of another, over the calibration text or these sequences."""
         from gristmill.calibrate.stream import Stream
 
-        return Stream(self.executor, self.sequences if sequences is None else sequences, self._root)
+        used = self.sequences if sequences is None else sequences
+        return Stream(executor or self.executor, used, self._root)
 
     @cached_property
     def sequences(self) -> Sequence[Sequence[int]]:

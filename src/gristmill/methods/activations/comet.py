@@ -162,7 +162,9 @@ def _analyse(
         if options.budget is not None:
             import torch
 
-            x = torch.cat(rows)[: options.tokens, torch.from_numpy(order)]
+            ends = np.cumsum([len(part) for part in rows])
+            few = rows[: int(np.searchsorted(ends, options.tokens)) + 1]
+            x = torch.cat(few)[: options.tokens, torch.from_numpy(order)]
             weights = [
                 draft.executor.weights[n.weights[0]][:, torch.from_numpy(order)] for n in inputs[source]
             ]

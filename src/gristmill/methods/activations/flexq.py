@@ -136,7 +136,6 @@ def sensitivities(
     that the draft itself writes; unlike the rise on a given text it has no sign, so that little text will do.
     """
     from gristmill.backends.reference import ReferenceExecutor
-    from gristmill.calibrate.stream import Stream
 
     base = draft.executor
     place = {node.name: i for i, node in enumerate(base.program.nodes)}
@@ -151,7 +150,7 @@ def sensitivities(
 
     def measure(number: int) -> dict[str, NDArray[np.float64]]:
         """The sum over one sequence: a set's run leaves that of the draft where its first input is read."""
-        stream = Stream(base, [pieces[number]])
+        stream = draft.stream([pieces[number]])
         (logits,) = stream.fork(base).run_to_end()
         sums = np.zeros(len(sets))
         done = number * len(sets)

@@ -133,7 +133,10 @@ class Fireq(Method[FireqOptions]):
         if not attention and (options.kv or options.keys != "none"):
             draft.notes.append(f"{self.name}: no layer's k_proj is among the tensors: keys stay as they are")
         for name in attention:
-            size = draft.program.node(name).attributes["head_dim"]
+            node = draft.program.node(name)
+            if options.keys in _AFTER and node.weights:
+                raise UsageError(f"the keys of {name} are scaled already")
+            size = node.attributes["head_dim"]
             if options.top_k is not None and options.top_k > size:
                 raise UsageError(f"top_k {options.top_k} is more than the {size} channels of {name}")
         _scale(draft, options, chosen, attention)

@@ -106,13 +106,12 @@ class _Search:
     def _outputs(self, weights: Mapping[str, Tensor]) -> Iterator[Rows]:
         """What the loss compares, part by part, for these weights."""
         from gristmill.backends.reference import ReferenceExecutor
-        from gristmill.calibrate.stream import Stream
 
         program, where = self.draft.program, self.options.where
         of_buffer = {site.buffer: site for site in self.sites}
         writers = program.writers()
         seen: set[str] = set()
-        stream = Stream(ReferenceExecutor(program, weights), self.sequences)
+        stream = self.draft.stream(self.sequences, ReferenceExecutor(program, weights))
         for node in stream:
             for i, name in enumerate(node.inputs):
                 if name in of_buffer and name not in self.inputs:
