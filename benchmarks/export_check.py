@@ -112,7 +112,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"By `python benchmarks/export_check.py`, Transformers {transformers} with compressed-tensors "
-        f"{compressed}, {result['tokens']} tokens, commit {result['commit']}:",
+        f"{compressed}, {result['tokens']} tokens, commit {result['commit']}"
+        f"{' with changes' * result['changed']}:",
         "",
         "| smollm2 | largest difference, of the largest logit | same token most probable |",
         "|---|--:|--:|",

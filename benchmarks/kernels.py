@@ -173,7 +173,7 @@ def measure(
         results = [subject.result(width, subjects) for subject in subjects]
     print(file=sys.stderr)
     return {
-        **commit(HERE),
+        **commit(HERE.parent),
         "machine": {**machine(), "load_average": load_average()},
         "width": width,
         "bytes": nbytes,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.planted import planted
+from harness.servers import commit
 
 from gristmill import methods
 from gristmill.methods.compare import compare, plot
@@ -91,28 +93,28 @@ def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
 
 def run(arguments: argparse.Namespace, recipes: Sequence[Recipe], work: Path) -> dict[str, Any]:
     """Both comparisons, and the time and memory that every recipe took."""
+    revision = commit(ROOT)  # now: others may commit while this runs
     changed = planted(arguments.model, work)
     claimed = [recipe for recipe in recipes if recipe.name in CLAIMS]
     took: dict[str, dict[str, float]] = {}
     for model, chosen, place in ((arguments.model, recipes, "plain"), (changed, claimed, "outliers")):
         for recipe in chosen:
             target, cost = work / place / recipe.name, work / place / f"{recipe.name}.cost.json"
-            if not target.exists():
+            made = json.loads(cost.read_text()) if target.exists() and cost.exists() else {}
+            if revision["changed"] or any(made.get(key) != value for key, value in revision.items()):
                 print(f"{place}: {recipe.name}", file=sys.stderr)
+                shutil.rmtree(target, ignore_errors=True)
                 cost.parent.mkdir(parents=True, exist_ok=True)
-                cost.write_text(json.dumps(apply(model, recipe, target)))
-            if place == "plain" and cost.exists():
+                cost.write_text(json.dumps({**apply(model, recipe, target), **revision}))
+            if place == "plain":
                 took[recipe.name] = json.loads(cost.read_text())
     if arguments.prepare:
         return {}
     options = {"tokens": arguments.tokens, "repeats": arguments.repeats, "threads": arguments.threads}
     plain = compare(arguments.model, recipes, work / "plain", **options)
     outliers = compare(changed, claimed, work / "outliers", **{**options, "repeats": 1})
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
-        "commit": commit,
+        **revision,
         "calibration": arguments.calibration,
         "compress_s": {name: cost["seconds"] for name, cost in took.items()},
         "compress_peak_bytes": {name: cost["peak_rss_bytes"] for name, cost in took.items()},
@@ -175,11 +177,13 @@ def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str
     lines = [
         f"{plain['model']}, {plain['tokens']} tokens of {plain['text']}, base perplexity "
         f"{plain['base_perplexity']:.3f}; {plain['machine']['cpu']}, "
-        f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}. Speeds are "
-        f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has fewer "
-        f"bytes and less KL. Methods calibrate on {result['calibration']} tokens. "
+        f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}"
+        f"{' with changes' * result.get('changed', False)}. Speeds are "
+        f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has as few "
+        f"bytes and as little KL. Methods calibrate on {result['calibration']} tokens. "
         "`runs in`: the arithmetic of the linear layers, and the KV format if it is not bf16. "
-        "The last two columns are of the model with planted outliers, for recipes that claim it.",
+        "The last two columns are of the model with planted outliers, for the methods whose papers speak of "
+        "outliers and what these are compared with.",
         "",
         "| recipe | runs in | bits | MB | KL | top-1 % | perplexity | decode tok/s | prefill tok/s "
         f"| compress s {'| peak MB ' if peaks else ''}| planted KL | planted perplexity |",

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from gristmill.backends.reference import ReferenceExecutor
 from gristmill.errors import GristmillError, ModelError, UsageError
 from gristmill.formats import dense, group_int
 from gristmill.formats.packed import Packed, decode, decode_f32
@@ -22,10 +23,13 @@ from gristmill.io.checkpoint import Checkpoint, Item, Matrix, Vector
 from gristmill.io.convert import import_gguf, import_huggingface
 from gristmill.io.export import FORMS, export, export_compressed_tensors, export_dense
 from gristmill.io.safetensors import SafetensorsFile
+from gristmill.methods.compress import compress
+from gristmill.methods.recipe import Recipe
 from gristmill.models import build_program
 from gristmill.program.edits import add_branch, foldable_edits, keep_keys, round_inputs
 from gristmill.program.nodes import Program
 from tests.kits import files, models, quantised
+from tests.kits import recipes as kit
 from tests.kits.hostile import assert_one_line, assert_refused
 
 
@@ -385,7 +389,6 @@ def test_transformers_loads_plain_floats(tmp_path: Path, dtype: str) -> None:
 
 def test_transformers_loads_compressed_tensors(tmp_path: Path) -> None:
     """The values that the package gives the codes; benchmarks/export_check.py compares whole logits."""
-    pytest.importorskip("compressed_tensors")
     import torch
     import transformers
 
@@ -399,6 +402,28 @@ def test_transformers_loads_compressed_tensors(tmp_path: Path) -> None:
         model(torch.zeros(1, 2, dtype=torch.int64))  # decompresses
     for name, matrix in made.items():
         assert torch.equal(model.get_parameter(name), torch.from_numpy(decode_f32(matrix)))
+
+
+def test_transformers_runs_an_exported_recipe(tmp_path: Path) -> None:
+    """Scales moved, codes by two methods in two widths, logits compared with the checkpoint's own."""
+    import torch
+    import transformers
+
+    entries = """
+- {method: smoothquant_plus, group: 32, symmetric: true, quantise: false}
+- {method: gptq, group: 32, symmetric: true, tensors: ["*.self_attn.*", "*.gate_proj.*", "*.up_proj.*"]}
+- {method: rtn, bits: 8, group: 88, tensors: "*.down_proj.*"}
+"""
+    recipe = Recipe.from_yaml(f"{kit.CALIBRATION}methods: {entries}")
+    compress(kit.speaking(tmp_path), recipe, tmp_path / "c", evaluate=False)
+    export_compressed_tensors(tmp_path / "c", tmp_path / "out")
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    ids = models.tokens(20, checkpoint.program().vocab_size)
+    expected = models.logits(ReferenceExecutor.load(checkpoint), ids, [20])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        found = model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].numpy()
+    assert models.relative_error(found, expected) < 1e-4
 
 
 def test_the_safetensors_package_reads_what_is_written(tmp_path: Path) -> None:

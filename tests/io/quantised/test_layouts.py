@@ -82,7 +82,6 @@ def test_packed(tmp_path: Path, bits: int, symmetric: bool) -> None:
 
 
 def test_packed_by_the_library(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

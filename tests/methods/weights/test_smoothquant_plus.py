@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from gristmill.errors import UsageError
 from gristmill.methods import method
+from gristmill.methods.draft import Draft
 from gristmill.methods.weights import smoothquant_plus as module
 from gristmill.methods.weights._smoothing import first_tokens, move, sites_within
-from tests.kits import recipes
+from tests.kits import models, recipes
 
 ROUNDING = "bits: 4, group: 32, symmetric: false"
 
@@ -50,9 +53,29 @@ def test_the_loss_is_of_the_whole_rounded_model(tmp_path: Path, where: str) -> N
         assert found == pytest.approx(np.square((after - base) @ head.T).sum(), rel=1e-4)
     else:
         assert len(search.wanted) == 4  # two sums in each of two layers
-        assert found > 0
-    best = min(float(search.loss(a)["loss"][0]) for a in (None, 0.0, 0.5, 1.0))
-    assert best <= found
+        sums = sum(np.square(b - a).sum() for a, b in zip(residuals(draft), residuals(rounded), strict=True))
+        assert found == pytest.approx(sums, rel=1e-4)
+
+
+def residuals(draft: Draft) -> list[NDArray[np.float64]]:
+    """Every sum of the residual stream, of all calibration tokens."""
+    program = draft.program
+    names = [node.outputs[0] for node in program.nodes if node.op == "add"]
+    result = []
+    for ids in draft.sequences:
+        with draft.executor.tap(*names) as taps:
+            models.logits(draft.executor, np.asarray(ids, np.int32), [len(ids)])
+        result += [torch.cat(taps[name]).double().numpy() for name in names]
+    return result
+
+
+def test_the_search_finds_less_than_no_scaling(tmp_path: Path) -> None:
+    draft = recipes.draft_of(recipes.speaking(tmp_path, planted=50))
+    options = method("smoothquant_plus").options(bits=4, group=32)
+    tensors = method("smoothquant_plus").tensors(draft.program, options)
+    search = module._Search(draft, options, sites_within(draft, tensors), tensors)
+    none, half = (float(search.loss(a)["loss"][0]) for a in (None, 0.5))
+    assert half < none / 4
 
 
 def test_factors(tmp_path: Path) -> None:

@@ -59,7 +59,6 @@ class Awq(Method[AwqOptions]):
 
     def apply(self, draft: Draft, options: AwqOptions, tensors: Sequence[str]) -> None:
         """Finds every site's factors in the model as it is, moves them, then packs every tensor."""
-
         kinds = [kind for kind in SMOOTHING if kind != VALUES or options.values]
         sites = sites_within(draft, tensors, kinds)
         of_buffer = {site.buffer: site for site in sites}

@@ -1,0 +1,93 @@
+"""The scripts that fill the pages of the methods: valid recipes, whole tables, places for them."""
+
+from __future__ import annotations
+
+import export_check
+import ladders
+import methods
+import pytest
+import yaml
+from harness.servers import commit
+
+from gristmill.methods.recipe import Recipe
+from gristmill.models import build_program
+from tests.kits import models
+
+LADDERS = yaml.safe_load(ladders.LADDERS.read_text())
+
+
+@pytest.mark.parametrize("page", LADDERS)
+def test_every_row_of_a_ladder_is_a_recipe(page):
+    program = build_program(models.configs()["llama-smollm2"])
+    names = [row["name"] for row in LADDERS[page]]
+    assert len(set(names)) == len(names)
+    for row in LADDERS[page]:
+        assert set(row) <= {"name", "methods", "planted", "kv"}, row["name"]
+        recipe = Recipe.from_yaml(yaml.safe_dump({"methods": row["methods"]}), row["name"])
+        assert all(recipe.plan(program)), row["name"]
+    text = (ladders.PAGES / f"{page}.md").read_text()
+    assert "<!-- ladder:begin" in text
+    assert "<!-- ladder:end" in text
+
+
+def test_the_table_of_a_ladder():
+    figures = {"bits_per_weight": 5.0, "kl_mean": 0.5, "top1_agreement": 0.75, "perplexity": 9.0}
+    figures |= {"base_perplexity": 8.0}
+    about = {"tokens": 7, "commit": "abc", "changed": False}
+    rows = [
+        {"name": "one", **about, "plain": figures, "planted": {**figures, "kl_mean": 0.25}},
+        {"name": "two", **about, "changed": True, "plain": figures},
+    ]
+    text = "\n".join(ladders.table(rows))
+    assert "commit abc, abc with changes. Last: the model" in text
+    assert "| one | 5.00 | 0.5000 | 75.0 | 9.000 | 0.2500 | 9.000 |" in text
+    assert "| two | 5.00 | 0.5000 | 75.0 | 9.000 |  |  |" in text
+
+
+def test_rows_of_the_same_commit_are_kept_and_others_measured(tmp_path, monkeypatch):
+    measured = []
+
+    def quality(model, recipe, kv, tokens, target):
+        measured.append((recipe.where, kv))
+        return {"kl_mean": 0.1}
+
+    monkeypatch.setattr(ladders, "quality", quality)
+    monkeypatch.setattr(ladders, "RESULTS", tmp_path / "r.json")
+    row = {"name": "a", "methods": [{"method": "rtn"}], "tokens": 5, "commit": "1", "changed": False}
+    kept: dict[str, list[dict[str, object]]] = {}
+    other = {**row, "name": "b", "kv": "int4"}
+    ladders.measure("page", [row, other], kept, tmp_path)
+    ladders.measure("page", [row, other], kept, tmp_path)
+    assert measured == [("a", None), ("b", "int4")]
+    ladders.measure("page", [{**row, "commit": "2"}], kept, tmp_path)
+    assert measured[2:] == [("a", None)]
+    assert [one["name"] for one in kept["page"]] == ["a"]
+    for _ in range(2):
+        ladders.measure("page", [{**row, "changed": True}], kept, tmp_path)
+    assert len(measured) == 5
+
+
+def test_what_is_exported_is_a_recipe():
+    program = build_program(models.configs()["llama-smollm2"])
+    for name, entries in export_check.RECIPES.items():
+        assert all(Recipe.from_yaml(f"methods: {entries}", name).plan(program))
+    rows = [{"name": "x", "error": 2e-6, "same": 0.5}]
+    result = {"versions": ["5", "0.17"], "tokens": 3, "commit": "abc", "changed": True, "results": rows}
+    text = "\n".join(export_check.table(result))
+    assert "commit abc with changes:" in text
+    assert "| x | 2.0e-06 | 50.0 % |" in text
+    assert "<!-- export:begin" in export_check.PAGE.read_text()
+
+
+def test_the_table_of_the_methods():
+    """Of the stored results: as many cells in every line."""
+    import json
+
+    lines = methods.table(json.loads(methods.RESULTS.read_text())).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) > 20
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_changes_are_seen_from_any_folder():
+    assert commit(methods.ROOT) == commit(methods.HERE)
