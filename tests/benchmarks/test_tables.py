@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import export_check
+import kv_formats
 import ladders
 import methods
 import pytest
@@ -77,6 +78,19 @@ def test_what_is_exported_is_a_recipe():
     assert "commit abc with changes:" in text
     assert "| x | 2.0e-06 | 50.0 % |" in text
     assert "<!-- export:begin" in export_check.PAGE.read_text()
+
+
+def test_the_table_of_kv_formats():
+    rows = [
+        {"context": c, "format": f, "step_ms": m, "attention_ms": m / 2, "bytes_per_token": b}
+        for c, m in ((64, 2.0), (128, 4.0))
+        for f, b in zip(kv_formats.FORMATS, (1024, 256, 512), strict=True)
+    ]
+    about = {"threads": 2, "machine": {"cpu": "x"}, "repeats": 1, "commit": "abc", "changed": False}
+    lines = kv_formats.table({**about, "results": rows})
+    assert "| int4 | 256 (0.25) | 2048 | 1.00 (1.00) | 2.00 (1.00) | 2.00 (1.00) | 4.00 (1.00) |" in lines
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert "<!-- kv:begin" in kv_formats.PAGE.read_text()
 
 
 def test_the_table_of_the_methods():
