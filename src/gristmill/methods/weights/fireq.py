@@ -35,7 +35,7 @@ SEARCHED_TOKENS = 2048
 _ROWS = 512
 _BEFORE, _AFTER = ("n", "ns"), ("s", "ns")
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_LEVELS = (0.5, 1.0, 2.0)
+_LEVELS = (0.7, 1.0, 1.4)
 _TOPS = (1, 3, 8)
 _SMALLEST = 7 * fp8.SMALLEST
 """What a group's largest weight must be for a scale that is not rounded up."""
