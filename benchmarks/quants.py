@@ -37,6 +37,7 @@ from harness.environments import HERE, Say, SetupError
 from harness.files import DEMO, ensure_file, path_of
 from harness.plan import Entry
 from harness.remote import Refused
+from harness.servers import commit
 from readme import fill
 
 from gristmill.errors import GristmillError, UsageError
@@ -190,6 +191,7 @@ def gguf_bits(path: Path) -> float:
 
 def run(quants: Sequence[Quant], *, tokens: int, threads: int, say: Say) -> dict[str, Any]:
     """Measures all of them: the JSON document."""
+    revision = commit(HERE)
     base, entries = quality.entries()[0], [e for q in quants for e in (q.alone, q.own)]
     found = quality.run(base, entries, tokens=tokens, threads=threads, say=say)
     rows = []
@@ -202,6 +204,7 @@ def run(quants: Sequence[Quant], *, tokens: int, threads: int, say: Say) -> dict
                 "tool": quant.tool,
                 "bits": quant.bits() if done else None,
                 "on_grid": quant.on_grid,
+                **revision,
                 "weights": {key: alone[key] for key in ("figures", "failure")},
                 "own": {key: own.get(key) for key in ("figures", "failure", "versions", "notes")},
             }
