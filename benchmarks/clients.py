@@ -22,6 +22,7 @@ from harness import load, servers
 from harness.environments import ENVIRONMENT, HERE, Environment, Say, SetupError, ensure
 from harness.files import ensure_file, path_of, variables
 from harness.load import Address
+from harness.revision import commit
 
 OUT = HERE / "results" / "clients.json"
 FOLDER = HERE / "clients"
@@ -49,7 +50,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    revision = servers.commit(HERE.parent)
+    revision = commit(HERE.parent)
     try:
         clients = asyncio.run(talk(arguments.only or list(CLIENTS), arguments.weights, say))
     except SetupError as error:

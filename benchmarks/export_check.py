@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 from harness.environments import ensure
-from harness.servers import commit
-from readme import fill
+from harness.pages import fill
+from harness.revision import commit, named
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.evaluate.text import builtin_text
@@ -112,8 +112,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"By `python benchmarks/export_check.py`, Transformers {transformers} with compressed-tensors "
-        f"{compressed}, {result['tokens']} tokens, commit {result['commit']}"
-        f"{' with changes' * result['changed']}:",
+        f"{compressed}, {result['tokens']} tokens, commit {named(result)}:",
         "",
         "| smollm2 | largest difference, of the largest logit | same token most probable |",
         "|---|--:|--:|",

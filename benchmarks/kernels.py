@@ -20,8 +20,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from harness.servers import commit
-from readme import fill
+from harness.pages import fill
+from harness.revision import commit, named
 
 from gristmill.backends.native import NativeExecutor
 from gristmill.bench.host import load_average, machine
@@ -121,7 +121,7 @@ def main() -> int:
     if not arguments.only:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, arguments.plot)
-        about = f"{result['machine']['cpu']}, {result['threads']} threads; commit {result['commit']}."
+        about = f"{result['machine']['cpu']}, {result['threads']} threads; commit {named(result)}."
         page = fill(arguments.page.read_text(), "kernels", ["", about, "", table(result), ""])
         arguments.page.write_text(page)
     return 0

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.servers import commit
-from readme import fill
+from harness.pages import fill
+from harness.revision import commit, named
 
 from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
@@ -96,8 +96,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
     lines = [
         "",
         f"By `python benchmarks/kv_formats.py`: smollm2 in int4, one sequence, {result['threads']} threads "
-        f"of {result['machine']['cpu']}, medians of {result['repeats']} turns, commit {result['commit']}"
-        f"{' with changes' * result['changed']}. Ratios are to bf16.",
+        f"of {result['machine']['cpu']}, medians of {result['repeats']} turns, commit {named(result)}. "
+        f"Ratios are to bf16.",
         "",
         f"| keys and values | bytes a token | sequences of {TOKENS:,} in 1 GiB "
         + "".join(f"| attention at {c:,}, ms | step, ms " for c in base)

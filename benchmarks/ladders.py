@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from harness.pages import fill
 from harness.planted import planted
-from harness.servers import commit
-from readme import fill
+from harness.revision import commit, named
 
 from gristmill.evaluate import run as evaluate
 from gristmill.methods.compress import compress
@@ -95,7 +95,7 @@ def quality(model: str | Path, recipe: Recipe, kv: str | None, tokens: int, targ
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of Markdown."""
     base = rows[0]["plain"]["base_perplexity"]
-    commits = ", ".join(dict.fromkeys(f"{r['commit']}{' with changes' * r['changed']}" for r in rows))
+    commits = ", ".join(dict.fromkeys(named(row) for row in rows))
     two = any("planted" in row for row in rows)
     lines = [
         f"smollm2, {rows[0]['tokens']} tokens, base perplexity {base:.3f}, calibrated on "

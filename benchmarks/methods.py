@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness.pages import fill
 from harness.planted import planted
-from harness.servers import commit
+from harness.revision import commit, named
 
 from gristmill import methods
 from gristmill.methods.compare import compare, plot
@@ -45,7 +46,6 @@ BESIDE = {
     "marlin": ("gptq",),
 }
 """Further rows of a method's table: what it is to be compared with."""
-BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 
 
 def main() -> int:
@@ -137,11 +137,13 @@ def apply(model: str | Path, recipe: Recipe, target: Path) -> dict[str, float]:
 
 def write(result: Mapping[str, Any]) -> None:
     """The tables of the pages, and the evidence."""
-    fill(PAGE, table(result))
+    pages = {PAGE: table(result)}
     plain = result["plain"]
     for name in methods.names():
         used = {row["name"] for row in plain["results"] if name in row["methods"]}
-        fill(PAGE.with_name(f"{name}.md"), table(result, {*used, *BASELINES, *BESIDE.get(name, ())}))
+        pages[PAGE.with_name(f"{name}.md")] = table(result, {*used, *BASELINES, *BESIDE.get(name, ())})
+    for page, text in pages.items():
+        page.write_text(fill(page.read_text(), "measured", ["", text]))
     evidence = {}
     for row in plain["results"]:
         for name in row["methods"]:
@@ -160,15 +162,6 @@ def write(result: Mapping[str, Any]) -> None:
     EVIDENCE.write_text(json.dumps({"methods": evidence}, indent=1, sort_keys=True) + "\n")
 
 
-def fill(page: Path, text: str) -> None:
-    """Puts a table between a page's marks; ValueError if it has none."""
-    head, begin, rest = page.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no place for a table")
-    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
-
-
 def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str:
     """Markdown, of all recipes or of those named."""
     plain = result["plain"]
@@ -177,8 +170,7 @@ def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str
     lines = [
         f"{plain['model']}, {plain['tokens']} tokens of {plain['text']}, base perplexity "
         f"{plain['base_perplexity']:.3f}; {plain['machine']['cpu']}, "
-        f"{plain['results'][0]['modes']['threads']} threads; commit {result['commit'][:8]}"
-        f"{' with changes' * result.get('changed', False)}. Speeds are "
+        f"{plain['results'][0]['modes']['threads']} threads; commit {named(result)}. Speeds are "
         f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has as few "
         f"bytes and as little KL. Methods calibrate on {result['calibration']} tokens. "
         "`runs in`: the arithmetic of the linear layers, and the KV format if it is not bf16. "

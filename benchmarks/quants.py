@@ -35,10 +35,10 @@ import gguf
 import quality
 from harness.environments import HERE, Say, SetupError
 from harness.files import DEMO, ensure_file, path_of
+from harness.pages import fill
 from harness.plan import Entry
 from harness.remote import Refused
-from harness.servers import commit
-from readme import fill
+from harness.revision import commit
 
 from gristmill.errors import GristmillError, UsageError
 from gristmill.io.checkpoint import Checkpoint

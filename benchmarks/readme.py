@@ -16,6 +16,7 @@ from typing import Any
 
 from harness import report
 from harness.files import DEMO, LARGE
+from harness.pages import fill
 from harness.plan import TITLES
 
 HERE = Path(__file__).resolve().parent
@@ -122,16 +123,6 @@ def results(peers: dict[str, Any], quality: dict[str, Any] | None) -> list[str]:
             for name, row in entry["refused"].items()
         ]
     return lines
-
-
-def fill(text: str, name: str, lines: list[str]) -> str:
-    """`text` with the lines between a region's two marks replaced. SystemExit if there are none."""
-    begin = text.find(f"<!-- {name}:begin")
-    end = text.find(f"<!-- {name}:end")
-    if begin < 0 or end < begin:
-        raise SystemExit(f"the page has no region {name}")
-    start = text.index("\n", begin) + 1
-    return text[:start] + "\n".join(lines) + "\n" + text[end:]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 from harness import load, servers
 from harness.environments import HERE, Say, SetupError
+from harness.revision import commit
 from harness.servers import Server
 
 OUT = HERE / "results" / "serve.json"
@@ -151,7 +152,7 @@ async def measure(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
     from gristmill.bench.host import load_average
 
     before, begin = load_average(), time.time()
-    revision = servers.commit(HERE.parent)  # others may commit while this runs
+    revision = commit(HERE.parent)  # others may commit while this runs
     only = arguments.only
     entries = [Entry(k) for k in servers.kinds() if not only or any(text in k.name for text in only)]
     if not entries:

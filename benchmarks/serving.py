@@ -9,7 +9,7 @@ from typing import Any
 import clients
 import serve
 from harness.environments import HERE
-from readme import fill
+from harness.pages import fill
 
 PAGE = HERE.parent / "docs" / "serving-benchmarks.md"
 RESULTS = HERE / "results"

@@ -27,6 +27,7 @@ import psutil
 from harness import load, servers
 from harness.environments import HERE, Say, SetupError
 from harness.load import Address, Ask, HttpError, Outcome
+from harness.revision import commit
 
 OUT = HERE / "results" / "soak.json"
 PLOT = HERE.parent / "docs" / "soak.png"
@@ -75,7 +76,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    revision = servers.commit(HERE.parent)
+    revision = commit(HERE.parent)
     try:
         section = asyncio.run((soak if arguments.mode == "soak" else burst)(arguments, say))
     except (SetupError, HttpError, OSError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gristmill.calibrate.planted import plant
 from gristmill.methods import Method, Options
-from gristmill.methods.compress import compress
+from gristmill.methods.compare import compressed
 from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Entry, Recipe
 
@@ -34,9 +34,5 @@ class _Plant(Method[Options]):
 
 
 def planted(model: str | Path, work: Path) -> Path:
-    """The checkpoint `work`/planted, made if it is not there."""
-    target = work / "planted"
-    if not target.exists():
-        recipe = Recipe((Entry(_Plant(), Options(), (), 1),), "planted", floats="f32")
-        compress(model, recipe, target, evaluate=False)
-    return target
+    """The checkpoint `work`/planted, made if it is not there; UsageError if it is of another model."""
+    return compressed(model, Recipe((Entry(_Plant(), Options(), (), 1),), "planted", floats="f32"), work)

@@ -12,9 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from .environments import ENVIRONMENTS, Say, SetupError, ensure
@@ -274,16 +273,3 @@ def parse_metrics(text: str) -> dict[str, float]:
             name, value = match.groups()
             result[name] = result.get(name, 0.0) + float(value)
     return result
-
-
-def commit(root: Path) -> Mapping[str, Any]:
-    """The revision that is measured, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
-        )
-        return run.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/native")
-    return {"commit": git("rev-parse", "--short=12", "HEAD"), "changed": bool(changed)}

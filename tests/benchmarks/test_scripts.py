@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quality
 import readme
-from harness import environments, files, plan
+from harness import environments, files, pages, plan
 from harness.environments import ENVIRONMENT, HERE, REQUIREMENTS
 
 from gristmill.errors import GristmillError
@@ -148,17 +148,17 @@ TEXT = "a\n<!-- demo:begin: why -->\nold\n<!-- demo:end -->\nb\n"
 
 
 def test_a_region_is_replaced_and_nothing_else():
-    once = readme.fill(TEXT, "demo", ["new", "lines"])
+    once = pages.fill(TEXT, "demo", ["new", "lines"])
     assert once == "a\n<!-- demo:begin: why -->\nnew\nlines\n<!-- demo:end -->\nb\n"
-    assert readme.fill(once, "demo", ["new", "lines"]) == once
+    assert pages.fill(once, "demo", ["new", "lines"]) == once
     with pytest.raises(SystemExit, match="no region results"):
-        readme.fill(TEXT, "results", [])
+        pages.fill(TEXT, "results", [])
 
 
 def test_the_readme_has_every_region():
     text = readme.README.read_text()
     for name in ("demo", "generate", "results"):
-        readme.fill(text, name, [])
+        pages.fill(text, name, [])
 
 
 def test_regions_come_from_the_files_there_are(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import ladders
 import methods
 import pytest
 import yaml
-from harness.servers import commit
+from harness.revision import commit
 
 from gristmill.methods.recipe import Recipe
 from gristmill.models import build_program

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gristmill import inspect
 from gristmill.backends.native import NativeExecutor
@@ -25,7 +28,7 @@ from gristmill.methods.draft import Draft
 from gristmill.methods.recipe import Calibration, Entry, Recipe
 from gristmill.program.edits import round_inputs
 from gristmill.program.nodes import Program
-from gristmill.terminal.tables import _made
+from gristmill.terminal.tables import model_table
 from tests.kits import models
 from tests.kits import recipes as kit
 
@@ -265,16 +268,32 @@ def test_inspect_tells_what_a_recipe_did(small: Path, tmp_path: Path) -> None:
     found = inspect.run(out)
     assert found["methods"] == ["rtn"]
     assert found["recipe"] == (out / "recipe.yaml").read_text()
-    assert dict(_made(found)) == {
+    told = {
         "recipe": "rtn (--json has its text)",
         "calibrated on": "2,048 tokens of other text",
         "note": "a note",
         "quality": "KL 0.25, top-1 50.0 %, perplexity 3.000 (base 2.000), over 10 tokens of some text",
     }
+    lines = {label: value.strip() for label, _, value in map(partition, printed(found))}
+    assert {label: lines.get(label) for label in told} == told
     report |= {"methods": 5, "quality": {"tokens": 10, "text": []}, "calibration": [], "notes": {}}
     (out / "report.json").write_text(json.dumps(report))
-    assert _made(inspect.run(out)) == []
+    lines = {label for label, _, _ in map(partition, printed(inspect.run(out)))}
+    assert not lines & set(told)
+    assert "weights" in lines
     assert "methods" not in inspect.run(small)
+
+
+def printed(found: dict[str, Any]) -> list[str]:
+    """The lines that `gristmill inspect` prints."""
+    console = Console(width=200, file=StringIO(), color_system=None)
+    console.print(model_table(found))
+    return console.file.getvalue().splitlines()
+
+
+def partition(line: str) -> tuple[str, str, str]:
+    """Label and value of a fact, which two spaces or more part."""
+    return line.partition("  ")
 
 
 class SlowOptions(Options):

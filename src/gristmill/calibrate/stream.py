@@ -34,7 +34,7 @@ class _Growing:
         self._room, self._scratch = room, scratch
         self._rows: Rows = []
         self._file: IO[bytes] | None = None
-        self._lengths: list[tuple[torch.Size, torch.dtype]] = []
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
 
     def append(self, rows: Tensor) -> None:
         """The rows of the next sequence. OSError where the disk is full."""
@@ -46,7 +46,7 @@ class _Growing:
             self._file = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115 (closed by `finish`)
         # Written, not mapped for writing: a full disk is an error then, not a signal.
         self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
-        self._lengths.append((rows.shape, rows.dtype))
+        self._shapes.append((rows.shape, rows.dtype))
 
     def finish(self) -> Rows:
         """All of them."""
@@ -56,7 +56,7 @@ class _Growing:
             file.flush()
             whole = torch.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
         begin = 0
-        for shape, dtype in self._lengths:
+        for shape, dtype in self._shapes:
             end = begin + shape.numel() * dtype.itemsize
             self._rows.append(whole[begin:end].view(dtype).view(shape))
             begin = end
@@ -79,8 +79,8 @@ class Stream:
     block's buffers are held (four of 16 x 512 tokens and 1,536 columns take 200 MB in float32), and what
     attention and the other nodes need besides is that of one sequence. Of a stream's buffers, and of what
     `evaluate` gives, IN_MEMORY bytes are held in memory; what is beyond lies in files without a name, one per
-    buffer, which are mapped, and end with their readers.
-    No gradients are recorded. A sequence's numbers do not depend on the other sequences.
+    buffer, which are mapped, and end with their readers. No gradients are recorded. A sequence's numbers do
+    not depend on the other sequences.
     """
 
     def __init__(

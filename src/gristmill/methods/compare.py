@@ -55,7 +55,7 @@ def compare(
     twice = sorted({name for name in named if named.count(name) > 1} | set(named) & set(BASELINES))
     if twice or "" in named:
         raise UsageError(f"recipes need names of their own: {', '.join(twice) or 'one has none'}")
-    places = [_compressed(model, recipe, Path(out), progress) for recipe in chosen]
+    places = [compressed(model, recipe, Path(out), progress) for recipe in chosen]
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     for name, recipe in [*((b, None) for b in BASELINES), *((r.name, r) for r in chosen)]:
@@ -101,7 +101,11 @@ def compare(
 _QUALITY = ("bits_per_weight", "weight_bytes", "kl_mean", "kl_p99", "top1_agreement", "perplexity")
 
 
-def _compressed(model: str | Path, recipe: Recipe, out: Path, progress: Progress | None) -> Path:
+def compressed(model: str | Path, recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
+    """`out`/<recipe's name>: made, or taken as it is if it was made from this model by this recipe.
+
+    UsageError if it was made otherwise; also raises what `compress` raises.
+    """
     from gristmill.io.checkpoint import Checkpoint
     from gristmill.io.convert import prepare
     from gristmill.io.json_file import read_object

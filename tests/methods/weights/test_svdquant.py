@@ -189,6 +189,14 @@ def test_a_branch_without_a_finite_error_is_named(
         made(source, tmp_path / "out", "rank: 4, grid: 0")
 
 
+@pytest.mark.parametrize("count", [1, 5, 11, 99])
+def test_rows_are_spread_over_all_of_the_text(count: int) -> None:
+    parts = [torch.rand(n, 3) for n in (4, 1, 6)]
+    whole = torch.cat(parts)
+    expected = whole[torch.linspace(0, 10, min(count, 11)).long()]
+    assert torch.equal(svdquant.spread(parts, count), expected)
+
+
 def test_only_the_tensors_asked_for(source: Path, tmp_path: Path) -> None:
     checkpoint = made(source, tmp_path / "out", "rank: 4", tensors="'*.mlp.down_proj*', '*.k_proj*'")
     changed = {name for name, spec in checkpoint.specs.items() if spec.format != "f32"}

@@ -116,7 +116,6 @@ class _Run:
         self.unsmoothed = [name for name in tensors if name not in smoothed] if options.grid else []
 
     def run(self) -> None:
-
         draft, total = self.draft, len(self.groups)
         if self.unsmoothed:
             what = ", ".join(self.unsmoothed[:3]) + (", ..." if len(self.unsmoothed) > 3 else "")
@@ -307,14 +306,7 @@ class _Error:
         self.last = _behind_attention(run.program, nodes)
         count, ends = len(inputs), np.cumsum([len(part) for part in inputs])
         if self.last is None:
-            # Spread evenly, so that all of the text has its share.
-            total = int(ends[-1])
-            places = torch.linspace(0, total - 1, min(_ROWS, total)).long()
-            parts = np.searchsorted(ends, places.numpy(), side="right")
-            begins = ends - [len(part) for part in inputs]
-            rows = torch.stack(
-                [inputs[j][place - int(begins[j])] for j, place in zip(parts, places.tolist(), strict=True)]
-            )
+            rows = spread(inputs, _ROWS)
         else:
             count = min(count, int(np.searchsorted(ends, _ROWS)) + 1)
             rows = torch.cat(list(inputs[:count]))
@@ -339,6 +331,17 @@ class _Error:
             for node, part in zip(self.nodes, parts, strict=True)
         }
         return torch.cat(self.stream.evaluate_span(self.nodes[0], self.last, given=given))
+
+
+def spread(parts: Sequence[Tensor], count: int) -> Tensor:
+    """`count` rows of all parts, or all if there are fewer, evenly apart: all of the text has its share."""
+    import torch
+
+    lengths = [len(part) for part in parts]
+    ends = np.cumsum(lengths)
+    places = torch.linspace(0, int(ends[-1]) - 1, min(count, int(ends[-1]))).long().numpy()
+    at = np.searchsorted(ends, places, side="right")
+    return torch.stack([parts[i][row] for i, row in zip(at, places - (ends - lengths)[at], strict=True)])
 
 
 def candidates(a: NDArray[np.float64], b: NDArray[np.float64], grid: int) -> list[NDArray[np.float64]]:
