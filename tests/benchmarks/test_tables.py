@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import export_check
 import kv_formats
 import ladders
@@ -103,5 +105,15 @@ def test_the_table_of_the_methods():
     assert len({line.count("|") for line in table}) == 1
 
 
-def test_changes_are_seen_from_any_folder():
-    assert commit(methods.ROOT) == commit(methods.HERE)
+def test_changes_are_seen_from_any_folder(tmp_path):
+    for folder in ("src", "native", "benchmarks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("before")
+    who = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "benchmarks" / "file").write_text("results")
+    assert not commit(tmp_path)["changed"]
+    (tmp_path / "src" / "file").write_text("after")
+    for folder in (tmp_path, tmp_path / "benchmarks"):
+        assert commit(folder)["changed"]

@@ -264,9 +264,10 @@ def test_inspect_tells_what_a_recipe_did(small: Path, tmp_path: Path) -> None:
     report["quality"] = {"tokens": 10, "text": "some text", **figures}
     report["calibration"] = {"tokens": 2048, "text": "other text"}
     report["notes"] = ["a note", 5]
+    report["methods"] = ["rtn", 7]
     (out / "report.json").write_text(json.dumps(report))
     found = inspect.run(out)
-    assert found["methods"] == ["rtn"]
+    assert found["methods"] == ["rtn", 7]
     assert found["recipe"] == (out / "recipe.yaml").read_text()
     told = {
         "recipe": "rtn (--json has its text)",

@@ -67,6 +67,8 @@ def test_the_search_takes_the_best_of_its_grid(tmp_path: Path) -> None:
                 e = rounded[site.consumers[0]] - draft.weight(site.consumers[0])
                 losses.append(float((x @ torch.from_numpy(e).T).square().sum()))
             else:
+                end = module._end_of_block(stream, readers[node.inputs[0]])
+                assert end.name.endswith(END[len(site.consumers)])
                 losses.append(block_error(draft, rounded, END[len(site.consumers)]))
         at = int(np.argmin([np.abs(found - s).max() for s in tried]))
         assert np.allclose(found, tried[at])
