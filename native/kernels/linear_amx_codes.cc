@@ -284,6 +284,7 @@ bool has_large_groups(const Weight& w) {
 
 void linear_bf16_codes(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
                        int64_t block_end, const LinearOut& out, void* scratch) {
+  if (rows == 1 && linear_bf16_row(w, x, block_begin, block_end, out, scratch)) return;
   with_codes(w.storage, [&](auto storage) {
     using Codes = decltype(storage);
     w.rounded ? run<Rounded<Codes>>(w, x, ldx, rows, block_begin, block_end, out, scratch)

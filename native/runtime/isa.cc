@@ -26,7 +26,8 @@ enum Feature : uint32_t {
   kAvx512 = 8,  // F, BW, DQ, VL
   kVnni = 16,
   kBf16 = 32,
-  kAmx = 64,  // TILE, INT8, with the permission of the operating system
+  kAmx = 64,  // TILE, INT8, BF16, with the permission of the operating system
+  kVbmi = 128,
 };
 
 #if defined(__x86_64__)
@@ -71,10 +72,11 @@ uint32_t detect() {
   if (zmm && (b & wide) == wide) {
     found |= kAvx512;
     if (c & (1u << 11)) found |= kVnni;
+    if (c & (1u << 1)) found |= kVbmi;
     const uint32_t leaf7_d = d;
     uint32_t a1, b1, c1, d1;
     if (__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5))) found |= kBf16;
-    const uint32_t tiles = (1u << 24) | (1u << 25);  // AMX TILE, INT8
+    const uint32_t tiles = (1u << 22) | (1u << 24) | (1u << 25);  // AMX BF16, TILE, INT8
     if ((leaf7_d & tiles) == tiles && (state & 0x60000) == 0x60000 && tiles_as_expected() &&
         amx_permitted()) {
       found |= kAmx;

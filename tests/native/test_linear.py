@@ -336,6 +336,21 @@ def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -
         assert np.isnan(some[:, 32:]).all()
 
 
+@pytest.mark.parametrize("level", TILED)
+@pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if spec.format in INTEGER])
+def test_small_numbers_alone_and_in_company(level: str, name: str) -> None:
+    """Tiles take denormal numbers for zero: one row, which needs no tiles, must have the same bits."""
+    case = make(name, 48, 192)
+    rng = np.random.default_rng(12)
+    for exponent in (-20, -90, -97, -110, -118, -126, -131):
+        x = (rng.standard_normal((20, 192)) * 2.0**exponent).astype(np.float32)
+        x[5, ::3] = 0
+        x[6, 7:] *= np.float32(2.0 ** min(-exponent, 100))  # few of them are small
+        whole = run(level, "bf16", case, x)
+        for row in range(20):
+            np.testing.assert_array_equal(run(level, "bf16", case, x[row : row + 1])[0], whole[row])
+
+
 @pytest.mark.parametrize("level", LEVELS + TILED[:1])
 @pytest.mark.parametrize(("bits", "group", "k"), [(4, 24, 32), (8, 40, 32), (4, 24, 160), (4, 64, 96)])
 def test_a_row_of_no_numbers_stays_alone(level: str, bits: int, group: int, k: int) -> None:
