@@ -17,9 +17,9 @@ constexpr int64_t kPrivateValues = 8192;
 constexpr int64_t kGateRows = 72;
 
 // What a thread takes at once of rows at least, and of weights in units: fours of blocks, as kernels work on
-// two or four at a time, or single ones where all threads would not get some otherwise. Kernels that pack
-// their rows do so in every call, so with many rows they get more.
-constexpr int64_t kLeastRows = 8, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
+// two or four at a time, or single ones where all threads would not get some otherwise; pairs where many rows
+// meet tiles as they lie. Kernels that pack their rows do so in every call, so with many rows they get more.
+constexpr int64_t kLeastRows = 8, kTwo = 2, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -567,18 +567,28 @@ Program::Cut Program::cut_of(const Node& node) const {
   for (const LinearTerm& t : node.terms) blocks += weight_of(t.products[0]).blocks();
   if (blocks < kFour * kFours * pool_->threads()) return {1, 1};
   const bool tiles = kernels_->prompts_in_bf16;
+  const auto packs = [&](const Weight& w, int64_t rows, int64_t input) {
+    if (rows <= kManyRows || !w.integer()) return false;
+    const Encoding encoding = buffers_[static_cast<size_t>(input)].spec.encoding;
+    if (encoding == Encoding::kInt8) return tiles;
+    // On tiles, weights in smaller groups become bf16 themselves, and rows are loaded where they lie.
+    return encoding != Encoding::kF32 && (!tiles || w.group >= 64);
+  };
+  int64_t most = 0;
   for (const LinearTerm& t : node.terms) {
-    if (rows_of(buffers_[static_cast<size_t>(t.output)]) <= kManyRows) continue;
+    const Buffer& to = buffers_[static_cast<size_t>(t.output)];
+    const int64_t rows = rows_of(to);
+    int64_t prompt = 0;
+    for (const Run& run : runs_of(to)) prompt += run.phase == Phase::kPrompt ? run.end - run.begin : 0;
     for (const Product& p : t.products) {
-      const Weight& w = weight_of(p);
-      const Encoding input = buffers_[static_cast<size_t>(p.input)].spec.encoding;
-      if (!w.integer() || input == Encoding::kF32) continue;
-      // On tiles, weights in smaller groups become bf16 themselves, and rows are loaded where they lie.
-      const bool packs = input == Encoding::kInt8 ? tiles : !tiles || w.group >= 64;
-      if (packs) return {kFour, kPackedFours};
+      const int64_t apart = p.prompt_input >= 0 ? prompt : 0;
+      if (packs(weight_of(p), rows - apart, p.input) || packs(weight_of(p), apart, p.prompt_input)) {
+        return {kFour, kPackedFours};
+      }
     }
+    most = std::max(most, rows);
   }
-  return {kFour, kFours};
+  return {tiles && most > kManyRows ? kTwo : kFour, kFours};
 }
 
 // Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
