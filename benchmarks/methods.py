@@ -23,7 +23,8 @@ from harness.planted import planted
 from harness.revision import commit, named
 
 from gristmill import methods
-from gristmill.methods.compare import compare, plot
+from gristmill.bench.host import machine
+from gristmill.methods.compare import add_speeds, compare, compressed, plot
 from gristmill.methods.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -62,6 +63,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only write the page and the evidence anew")
+    parser.add_argument(
+        "--speeds", action="store_true", help="with --work: only measure the speeds of what is there anew"
+    )
     arguments = parser.parse_args()
     if arguments.table:
         write(json.loads(RESULTS.read_text()))
@@ -71,6 +75,11 @@ def main() -> int:
     if missing:
         print(f"methods: no recipe in {RECIPES.name} uses {', '.join(sorted(missing))}", file=sys.stderr)
         return 1
+    if arguments.speeds:
+        result = json.loads(RESULTS.read_text())
+        measure_speeds(arguments, recipes, result)
+        save(result)
+        return 0
     if arguments.only:
         recipes = [recipe for recipe in recipes if recipe.name in arguments.only]
     with tempfile.TemporaryDirectory() as folder:
@@ -78,12 +87,31 @@ def main() -> int:
         result = run(arguments, recipes, work)
     if arguments.prepare:
         return 0
-    if not arguments.only:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        write(result)
-        plot(result["plain"], ROOT / "docs" / "pareto.png")
-    print(table(result))
+    if arguments.only:
+        print(table(result))
+    else:
+        save(result)
     return 0
+
+
+def save(result: Mapping[str, Any]) -> None:
+    """Results, pages, evidence and plot; prints the table."""
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write(result)
+    plot(result["plain"], ROOT / "docs" / "pareto.png")
+    print(table(result))
+
+
+def measure_speeds(arguments: argparse.Namespace, recipes: Sequence[Recipe], result: dict[str, Any]) -> None:
+    """Puts the speeds of now into results of before; SystemExit if those are of other recipes."""
+    rows = result["plain"]["results"]
+    before = [row["recipe"] for row in rows if row["recipe"]]
+    if not arguments.work or before != [recipe.to_yaml() for recipe in recipes]:
+        raise SystemExit("methods: --speeds needs --work and results of the same recipes")
+    revision = commit(ROOT)
+    places = [compressed(arguments.model, recipe, arguments.work / "plain") for recipe in recipes]
+    add_speeds(rows, arguments.model, places, repeats=arguments.repeats, threads=arguments.threads)
+    result["speeds"] = {**revision, "machine": machine()}
 
 
 def with_tokens(recipe: Recipe, tokens: int) -> Recipe:
@@ -157,6 +185,7 @@ def write(result: Mapping[str, Any]) -> None:
                 "model": plain["model"],
                 "machine": plain["machine"]["cpu"],
                 "commit": result["commit"],
+                "speeds_commit": result.get("speeds", result)["commit"],
                 **{key: row[key] for key in (*keys, *speeds)},
             }
     EVIDENCE.write_text(json.dumps({"methods": evidence}, indent=1, sort_keys=True) + "\n")
@@ -166,12 +195,14 @@ def table(result: Mapping[str, Any], only: Collection[str] | None = None) -> str
     """Markdown, of all recipes or of those named."""
     plain = result["plain"]
     peaks = result.get("compress_peak_bytes", {})  # results of before have none
+    speeds = result.get("speeds")
     planted = {row["name"]: row for row in result["planted"]["results"]}
     lines = [
         f"{plain['model']}, {plain['tokens']} tokens of {plain['text']}, base perplexity "
         f"{plain['base_perplexity']:.3f}; {plain['machine']['cpu']}, "
-        f"{plain['results'][0]['modes']['threads']} threads; commit {named(result)}. Speeds are "
-        f"medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has as few "
+        f"{plain['results'][0]['modes']['threads']} threads; commit {named(result)}. Speeds"
+        + (f" ({speeds['machine']['cpu']}, commit {named(speeds)})" if speeds else "")
+        + f" are medians at {plain['context']} tokens, with the ratio to bf16. `*`: no other has as few "
         f"bytes and as little KL. Methods calibrate on {result['calibration']} tokens. "
         "`runs in`: the arithmetic of the linear layers, and the KV format if it is not bf16. "
         "The last two columns are of the model with planted outliers, for the methods whose papers speak of "

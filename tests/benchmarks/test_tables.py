@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
+import claims
 import export_check
 import kv_formats
 import ladders
@@ -93,6 +94,32 @@ def test_the_table_of_kv_formats():
     assert "| int4 | 256 (0.25) | 2048 | 1.00 (1.00) | 2.00 (1.00) | 2.00 (1.00) | 4.00 (1.00) |" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "<!-- kv:begin" in kv_formats.PAGE.read_text()
+
+
+def test_the_tables_of_claims():
+    rates = {"bf16": {"1": 10.0, "4": 20.0, "16": 40.0}, "marlin": {"1": 30.0, "4": 50.0, "16": 60.0}}
+    lines = claims.batches_table({"context": 512, "tokens_per_s": rates})
+    assert "| marlin | 30 (3.00x) | 50 (2.50x) | 60 (1.50x) |" in lines
+    figures = {"kl_mean": 0.5, "kl_mean_ci95": [0.4, 0.6]}
+    figures |= {"perplexity_ratio": 1.5, "perplexity_ratio_ci95": [1.25, 1.75]}
+    row = {"seconds": 9.6, **figures, "notes": ["smoothquant_plus: strength 0.5, loss 1"]}
+    lines = claims.searches_table({"tokens": 7, "rows": {"one": row}})
+    assert "| one | 0.5000 (0.4000 to 0.6000) | 1.5000 (1.2500 to 1.7500) | 10 |" in lines
+    assert lines[-1] == "- one: strength 0.5, loss 1"
+    levels = {"best": {"w4a8": {"decode 1": 10.0}, "comet": {"decode 1": 5.0}}}
+    assert "| best | 5 (0.50x) |" in claims.mixed_table({"levels": levels})
+    found = {"rank": 16, "quantise_s": 100.0, "load_s": 0.5, "load_adapted_s": 2.0}
+    assert claims.adapters_table(found)[0].endswith("quantising anew 100 s, 50 times as long.")
+
+
+@pytest.mark.parametrize("page", claims.CLAIMS)
+def test_claims_have_a_place_and_their_recipes_are_valid(page):
+    text = (claims.PAGES / f"{page}.md").read_text()
+    assert "<!-- claims:begin" in text
+    assert "<!-- claims:end" in text
+    program = build_program(models.configs()["llama-smollm2"])
+    for entries in claims.SEARCHES.values():
+        assert all(Recipe.from_yaml(f"methods:\n{entries}", "x").plan(program))
 
 
 def test_the_table_of_the_methods():

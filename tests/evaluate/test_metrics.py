@@ -39,12 +39,15 @@ def oracle(base: np.ndarray, model: np.ndarray, targets: np.ndarray) -> dict[str
     return {
         "tokens": len(kl),
         "kl_mean": math.fsum(kl) / len(kl),
+        "kl_mean_ci95": None,
         "kl_p50": quantile(0.5),
         "kl_p99": quantile(0.99),
         "kl_max": ordered[-1],
         "top1_agreement": same / len(kl),
         "perplexity": math.exp(math.fsum(nll) / len(nll)),
         "base_perplexity": math.exp(math.fsum(base_nll) / len(base_nll)),
+        "perplexity_ratio": math.exp((math.fsum(nll) - math.fsum(base_nll)) / len(nll)),
+        "perplexity_ratio_ci95": None,
     }
 
 
@@ -68,7 +71,51 @@ def test_figures_equal_the_oracle(monkeypatch, count, vocabulary, chunk):
     expected = oracle(base, model, targets)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=1e-10, abs=1e-13), key
+        same = (
+            found[key] is None if value is None else found[key] == pytest.approx(value, rel=1e-10, abs=1e-13)
+        )
+        assert same, key
+
+
+def test_intervals_hold_the_mean_of_other_texts_as_often_as_they_say():
+    """All rows of a piece have one value: if rows were taken for independent, it would be held too rarely."""
+    rng = np.random.default_rng(7)
+    held = 0
+    for _ in range(200):
+        values = np.repeat(rng.standard_normal(30), metrics.PIECE) + 5
+        low, high = metrics.interval(values)
+        held += low <= 5 <= high
+    assert 170 <= held <= 199
+
+
+def test_intervals_of_known_pieces():
+    one = np.zeros(8 * metrics.PIECE + 100)
+    one[::2] = np.nan  # no value
+    one[: metrics.PIECE] = 8.0
+    low, high = metrics.interval(one)
+    # Of 8 draws from 8 pieces the one that counts comes 0 times (p = 0.34) to 3 times (more: p = 0.01).
+    assert low == 0.0
+    weight = metrics.PIECE
+    assert high == pytest.approx(8 * 3 * weight / (3 * weight + 5 * weight / 2), rel=0.05)
+    assert metrics.interval(one) == [low, high]
+    assert metrics.interval(one[: 8 * metrics.PIECE - 1]) is None
+
+
+def test_figures_of_long_texts_have_intervals():
+    count = metrics.PIECE * metrics.LEAST_PIECES
+    base = rows(count, 11, 8)
+    model = base + rows(count, 11, 9, spread=0.5)
+    targets = np.random.default_rng(10).integers(0, 11, count)
+    targets[metrics.PIECE - 1 :: metrics.PIECE] = -1
+    quality = Quality()
+    quality.add(base, model, targets)
+    figures = quality.figures()
+    low, high = figures["kl_mean_ci95"]
+    assert low < figures["kl_mean"] < high
+    low, high = figures["perplexity_ratio_ci95"]
+    assert low < figures["perplexity_ratio"] < high
+    ratio = figures["perplexity"] / figures["base_perplexity"]
+    assert figures["perplexity_ratio"] == pytest.approx(ratio, rel=1e-12)
 
 
 def test_a_divergence_worked_out_by_hand():

@@ -78,7 +78,7 @@ def compare(
                 "modes": found["modes"],
             }
         )
-    _add_speeds(rows, model, places, repeats=repeats, threads=threads, progress=progress)
+    add_speeds(rows, model, places, repeats=repeats, threads=threads, progress=progress)
     for row in rows:
         row["pareto"] = not any(
             other["weight_bytes"] <= row["weight_bytes"]
@@ -122,15 +122,16 @@ def compressed(model: str | Path, recipe: Recipe, out: Path, progress: Progress 
     return target
 
 
-def _add_speeds(
+def add_speeds(
     rows: Sequence[dict[str, Any]],
     model: str | Path,
     places: Sequence[Path],
     *,
-    repeats: int,
-    threads: int | None,
-    progress: Progress | None,
+    repeats: int = 5,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> None:
+    """Puts speeds, as `compare` has them, into the rows of the baselines and of the checkpoints `places`."""
     from gristmill.bench.measure import Sequences
     from gristmill.bench.subject import Subject
 

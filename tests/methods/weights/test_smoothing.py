@@ -84,8 +84,8 @@ def test_a_model_that_breaks_down_is_named(entry: str, what: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("losses", "note"),
     [
-        ([5.0, np.inf, 2.0], "strength 1.00, loss 2, without smoothing 5"),
-        ([np.inf, 3.0, 3.0], "strength 0.00, loss 3, without smoothing inf"),
+        ([5.0, np.inf, 2.0], "strength 1.00, loss 2, without smoothing 5, at 0.00 inf"),
+        ([np.inf, 3.0, 3.0], "strength 0.00, loss 3, without smoothing inf, at 1.00 3"),
         ([1.0, 1.0, 1.0], "strength none, loss 1, without smoothing 1"),
         ([np.inf, np.inf, np.inf], None),
     ],

@@ -75,8 +75,10 @@ class SmoothQuantPlus(Method[SmoothQuantPlusOptions]):
 
         best = best_of(f"{self.name}: strength", range(len(strengths)), loss)
         found = "none" if strengths[best] is None else f"{strengths[best]:.2f}"
+        beside = [i for i in (best - 1, best + 1) if best > 0 and 0 < i < len(losses)]
         draft.notes.append(
             f"{self.name}: strength {found}, loss {losses[best]:.6g}, without smoothing {losses[0]:.6g}"
+            + "".join(f", at {strengths[i]:.2f} {losses[i]:.6g}" for i in beside)
         )
         move(draft, sites, search.factors(strengths[best]))
         if options.quantise:
