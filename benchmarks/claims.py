@@ -141,7 +141,7 @@ def searches(work: Path, arguments: argparse.Namespace) -> Result:
     """Quality with intervals, time, and what the search says of itself."""
     rows = {}
     for i, (name, text) in enumerate(SEARCHES.items()):
-        chosen = Recipe.from_yaml(f"methods:\n{text}", f"search{i}")
+        chosen = Recipe.from_yaml(f"name: search{i}\nmethods:\n{text}", name)
         begin = time.perf_counter()
         place = compressed(MODEL, chosen, work)
         seconds = time.perf_counter() - begin
