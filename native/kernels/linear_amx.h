@@ -1,4 +1,4 @@
-// What the two files of AMX linear layers share.
+// What the files of AMX linear layers share.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +16,7 @@ bool has_large_groups(const Weight& w);
 // As linear_bf16, for at least one row and such weights.
 void linear_bf16_codes(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,
                        int64_t block_end, const LinearOut& out, void* scratch);
-// The same for one row, without tiles. False, and nothing done, where the bits might differ.
+// The same for one row, without tiles. False, and nothing put out, where the bits might differ.
 bool linear_bf16_row(const Weight& w, const uint16_t* x, int64_t block_begin, int64_t block_end,
                      const LinearOut& out, void* scratch);
 

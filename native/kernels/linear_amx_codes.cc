@@ -9,7 +9,7 @@
 //
 // Schedule. Four blocks (64 output rows) of at most eight steps of a group are decoded into a strip that
 // stays in the L1 cache; every 16 rows of activations meet it, with sums of the group in tiles 0 to 3, rows
-// in 4 and numbers in 5 to 7. With 16 rows or fewer no strip is used twice: there a step of 32 columns is
+// in 4 and numbers in 5 to 7. With 2 to 16 rows no strip is used twice: there a step of 32 columns is
 // decoded while the one before is multiplied.
 //
 // Expected, per core: 64 bytes of 4-bit codes (128 weights) take 3 shifts and 4 look-ups on one port each and
@@ -279,7 +279,7 @@ void run(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t 
 }  // namespace
 
 bool has_large_groups(const Weight& w) {
-  return w.integer() && w.group >= 64 && (w.group % kStep == 0 || w.groups == 1);
+  return w.integer() && !w.as_values && w.group >= 64 && (w.group % kStep == 0 || w.groups == 1);
 }
 
 void linear_bf16_codes(const Weight& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t block_begin,

@@ -17,8 +17,9 @@ constexpr int64_t kPrivateValues = 8192;
 constexpr int64_t kGateRows = 72;
 
 // What a thread takes at once of rows at least, and of weights in units: fours of blocks, as kernels work on
-// two or four at a time, or single ones where all threads would not get some otherwise; pairs where many rows
-// meet tiles as they lie. Kernels that pack their rows do so in every call, so with many rows they get more.
+// two or four at a time, or single ones where all threads would not get some otherwise; pairs where many bf16
+// rows meet tiles as they lie. Kernels that pack their rows do so in every call, so with many rows they get
+// more.
 constexpr int64_t kLeastRows = 8, kTwo = 2, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -567,14 +568,16 @@ Program::Cut Program::cut_of(const Node& node) const {
   for (const LinearTerm& t : node.terms) blocks += weight_of(t.products[0]).blocks();
   if (blocks < kFour * kFours * pool_->threads()) return {1, 1};
   const bool tiles = kernels_->prompts_in_bf16;
-  const auto packs = [&](const Weight& w, int64_t rows, int64_t input) {
-    if (rows <= kManyRows || !w.integer()) return false;
+  int64_t unit = kFour;
+  const auto packs = [&](const Weight& w, int64_t rows, int64_t input, bool as_values) {
+    if (rows <= kManyRows) return false;
     const Encoding encoding = buffers_[static_cast<size_t>(input)].spec.encoding;
-    if (encoding == Encoding::kInt8) return tiles;
+    if (encoding == Encoding::kF32) return false;
+    if (encoding == Encoding::kInt8) return w.integer() && tiles;
+    if (tiles) unit = kTwo;
     // On tiles, weights in smaller groups become bf16 themselves, and rows are loaded where they lie.
-    return encoding != Encoding::kF32 && (!tiles || w.group >= 64);
+    return w.integer() && (!tiles || (w.group >= 64 && !as_values));
   };
-  int64_t most = 0;
   for (const LinearTerm& t : node.terms) {
     const Buffer& to = buffers_[static_cast<size_t>(t.output)];
     const int64_t rows = rows_of(to);
@@ -582,13 +585,13 @@ Program::Cut Program::cut_of(const Node& node) const {
     for (const Run& run : runs_of(to)) prompt += run.phase == Phase::kPrompt ? run.end - run.begin : 0;
     for (const Product& p : t.products) {
       const int64_t apart = p.prompt_input >= 0 ? prompt : 0;
-      if (packs(weight_of(p), rows - apart, p.input) || packs(weight_of(p), apart, p.prompt_input)) {
+      const Weight& w = weight_of(p);
+      if (packs(w, rows - apart, p.input, false) || packs(w, apart, p.prompt_input, true)) {
         return {kFour, kPackedFours};
       }
     }
-    most = std::max(most, rows);
   }
-  return {tiles && most > kManyRows ? kTwo : kFour, kFours};
+  return {unit, kFours};
 }
 
 // Gate and up are cut alike, so that a thread has both; few rows at a time, so that they are still in the
@@ -630,8 +633,9 @@ void Program::run_linear(const LinearTerm& t, int64_t block_begin, int64_t block
     out.bias = t.bias < 0 ? nullptr : vectors_[static_cast<size_t>(t.bias)].data();
     out.accumulate = t.accumulate;
     for (const Product& p : t.products) {
-      const Weight& w = weight_of(p);
-      const int64_t input = run.phase == Phase::kPrompt && p.prompt_input >= 0 ? p.prompt_input : p.input;
+      Weight w = weight_of(p);
+      w.as_values = run.phase == Phase::kPrompt && p.prompt_input >= 0;
+      const int64_t input = w.as_values ? p.prompt_input : p.input;
       const Buffer& from = buffers_[static_cast<size_t>(input)];
       const int64_t ldx = from.spec.padded;
       switch (from.spec.encoding) {

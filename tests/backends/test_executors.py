@@ -13,9 +13,12 @@ from gristmill.engine.loop import Runner
 from gristmill.engine.sampling import SamplingParams
 from gristmill.errors import UsageError
 from gristmill.evaluate.measure import compare
+from gristmill.formats import dense, group_int
+from gristmill.formats.packed import Packed, decode_f32
 from gristmill.io import convert
+from gristmill.program.builder import Builder
 from tests.engine.fakes import FakeTokenizer
-from tests.kits import files, models
+from tests.kits import files, levels, models
 from tests.kits.executor import (
     Subject,
     check_cancellation,
@@ -107,7 +110,7 @@ def test_groups_of_tokens_refuse_windows(checkpoints: dict[str, Path]) -> None:
 
 LEVELS = _native.available_levels()
 # Prompts take another arithmetic there.
-TILES = ["amx_emulated"] if "avx512bf16" in LEVELS else []
+TILES = levels.emulated()
 
 
 LEVEL_MODES = [
@@ -167,3 +170,39 @@ def test_loop_and_evaluation_take_the_steps_that_rings_of_windows_allow(checkpoi
         whole = models.logits(executor, ids, [16] * 43 + [12])
         assert one.result().token_ids[0] == whole[-1].argmax()
         assert compare(executor, executor, [ids])["kl_mean"] == 0
+
+
+@pytest.mark.parametrize("level", TILES + [level for level in LEVELS if level == "amx"])
+@pytest.mark.parametrize(
+    ("bits", "group", "values"),
+    [(4, 64, True), (3, 64, True), (8, 32, True), (5, 64, False), (4, 128, False)],
+)
+def test_prompts_meet_values_rounded_to_bf16_where_groups_are_small(
+    level: str, bits: int, group: int, values: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    b = Builder("layers")
+    x = b.embedding("table.weight", 64, 192)
+    for i in range(2):
+        x = b.linear(x, f"layers.{i}", 192)
+    program = b.build(b.linear(b.select_rows(x), "head", 64))
+    table = dense.pack(rng.standard_normal((64, 192)).astype(np.float32), "bf16")
+    packed: dict[str, Packed] = {"table.weight": table, "head.weight": table}
+    for i in range(2):
+        matrix = rng.standard_normal((192, 192)).astype(np.float32) / 14
+        packed[f"layers.{i}.weight"] = group_int.round_group_int(
+            matrix, bits=bits, group=group, symmetric=False
+        )
+    plain = {name: dense.pack(decode_f32(p), "bf16") for name, p in packed.items()}
+    ids = models.tokens(70, 64)
+    with (
+        closing(NativeExecutor(program, packed, {}, activations="fast", threads=2, level=level)) as codes,
+        closing(NativeExecutor(program, plain, {}, activations="fast", threads=2, level=level)) as rounded,
+    ):
+        assert codes.prompt_activations == ("bf16" if values else "fast")
+        for chunks in ([70], [48, 16, 6]):
+            found = models.logits(codes, ids, chunks)
+            assert np.array_equal(found, models.logits(rounded, ids, chunks)) == values
+        assert not np.array_equal(
+            models.logits(codes, ids, [70], prompt=0), models.logits(rounded, ids, [70])
+        )

@@ -78,7 +78,7 @@ def pieces(*lengths: int) -> list[np.ndarray]:
 def test_rows_are_aligned_however_a_window_is_cut(monkeypatch, bytes_at_once):
     monkeypatch.setattr("gristmill.evaluate.measure._LOGIT_BYTES", bytes_at_once)
     model, base = FakeExecutor(1), FakeExecutor(2)
-    texts = pieces(70, 2, 33)
+    texts = pieces(70, 2, 33, *[5] * 5)
     found = compare(model, base, texts)
     expected = Quality()
     for piece in texts:
@@ -86,11 +86,13 @@ def test_rows_are_aligned_however_a_window_is_cut(monkeypatch, bytes_at_once):
         theirs = np.stack([base.row(int(t), i) for i, t in enumerate(piece)])
         ours = np.stack([model.row(int(t), i) for i, t in enumerate(piece)])
         expected.add(theirs, ours, targets)
+        expected.end_piece()
     wanted = expected.figures()
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        assert found[key] is None if value is None else found[key] == pytest.approx(value, rel=1e-12), key
-    assert found["tokens"] == 105
+        assert found[key] == pytest.approx(value, rel=1e-12), key
+    assert found["kl_mean_ci95"] is not None
+    assert found["tokens"] == 130
     assert model.most_rows == {1 << 26: 70, 4 * VOCABULARY * 35: 32, 1: 16}[bytes_at_once]
     assert all(view.closed for view in model.views + base.views)
 

@@ -77,38 +77,49 @@ def test_figures_equal_the_oracle(monkeypatch, count, vocabulary, chunk):
         assert same, key
 
 
-def test_intervals_hold_the_mean_of_other_texts_as_often_as_they_say():
+@pytest.mark.parametrize("count", [8, 16, 40])
+def test_intervals_hold_the_mean_of_endless_texts_as_often_as_they_say(count):
     """All rows of a piece have one value: if rows were taken for independent, it would be held too rarely."""
     rng = np.random.default_rng(7)
-    held = 0
-    for _ in range(200):
-        values = np.repeat(rng.standard_normal(30), metrics.PIECE) + 5
-        low, high = metrics.interval(values)
+    held, trials = 0, 2000
+    for _ in range(trials):
+        sizes = rng.integers(20, 30, count)
+        values = np.repeat(rng.standard_normal(count), sizes) + 5
+        low, high = metrics.interval(values, np.cumsum(sizes).tolist())
         held += low <= 5 <= high
-    assert 170 <= held <= 199
+    assert 0.93 <= held / trials <= 0.97
 
 
-def test_intervals_of_known_pieces():
-    one = np.zeros(8 * metrics.PIECE + 100)
-    one[::2] = np.nan  # no value
-    one[: metrics.PIECE] = 8.0
-    low, high = metrics.interval(one)
-    # Of 8 draws from 8 pieces the one that counts comes 0 times (p = 0.34) to 3 times (more: p = 0.01).
-    assert low == 0.0
-    weight = metrics.PIECE
-    assert high == pytest.approx(8 * 3 * weight / (3 * weight + 5 * weight / 2), rel=0.05)
-    assert metrics.interval(one) == [low, high]
-    assert metrics.interval(one[: 8 * metrics.PIECE - 1]) is None
+def test_an_interval_worked_out_by_hand():
+    values = np.array([1.0, 3.0, np.nan, *[2.0] * 21, 9.0])
+    ends = [3, 6, 9, 12, 15, 18, 21, 24]  # the last value is in no piece
+    # Sums 4, 6, ..., 6 of 2, 3, ..., 3 values: the mean is 2 and no piece strays from it.
+    assert metrics.interval(values, ends) == pytest.approx([2.0, 2.0])
+    values[3:6] = 4.0
+    # 52 / 23 = 2.2609; strays: 4 - 2 m, 12 - 3 m, six times 6 - 3 m.
+    mean = 52 / 23
+    strays = (4 - 2 * mean) ** 2 + (12 - 3 * mean) ** 2 + 6 * (6 - 3 * mean) ** 2
+    half = 2.3646 * math.sqrt(8 / 7 * strays) / 23
+    assert metrics.interval(values, ends) == pytest.approx([mean - half, mean + half], rel=1e-3)
+    assert metrics.interval(values, ends[:7]) is None
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(7, 2.36462), (15, 2.13145), (31, 2.03951), (1000, 1.96234)])
+def test_students_t(freedom, t):
+    assert metrics._student_975(freedom) == pytest.approx(t, abs=0.002)
 
 
 def test_figures_of_long_texts_have_intervals():
-    count = metrics.PIECE * metrics.LEAST_PIECES
-    base = rows(count, 11, 8)
-    model = base + rows(count, 11, 9, spread=0.5)
-    targets = np.random.default_rng(10).integers(0, 11, count)
-    targets[metrics.PIECE - 1 :: metrics.PIECE] = -1
-    quality = Quality()
-    quality.add(base, model, targets)
+    quality, rng = Quality(), np.random.default_rng(10)
+    for piece in range(metrics.LEAST_PIECES):
+        base = rows(40, 11, piece)
+        model = base + rows(40, 11, 100 + piece, spread=0.5)
+        targets = rng.integers(0, 11, 40)
+        targets[-1] = -1
+        quality.add(base[:30], model[:30], targets[:30])
+        quality.add(base[30:], model[30:], targets[30:])
+        assert quality.figures()["kl_mean_ci95"] is None
+        quality.end_piece()
     figures = quality.figures()
     low, high = figures["kl_mean_ci95"]
     assert low < figures["kl_mean"] < high

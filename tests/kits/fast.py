@@ -24,7 +24,7 @@ from gristmill.program.nodes import Node
 def fast_linears(checkpoint: Checkpoint) -> Iterator[None]:
     """Within the block, reference executors of this checkpoint's program run linears as `fast` does.
 
-    Not at `amx` for prompts that meet groups of at most 32 columns.
+    Of generated tokens: at `amx` prompts meet small groups otherwise.
     """
     writers = checkpoint.program().writers()
     plain = ops.FUNCTIONS["linear"]

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from gristmill.backends.native import _native
 from gristmill.formats import fp8, group_int
 from gristmill.formats.packed import decode_f32
+from tests.kits import levels
 
 BASE = "avx512bf16"
+EMULATED = levels.emulated()
 TILED = ["amx_emulated"] + (["amx"] if "amx" in _native.available_levels() else [])
 NEEDS_AVX512 = pytest.mark.skipif(
-    BASE not in _native.available_levels(), reason="the emulated tiles need AVX-512 with VNNI and BF16"
+    not EMULATED, reason="the emulated tiles need AVX-512 with VNNI, BF16 and VBMI"
 )
 Arrays = NDArray[np.uint8]
 

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gristmill.backends.native import _native
+from tests.kits import levels
 
 LEVELS = _native.available_levels()
 F32 = NDArray[np.float32]
@@ -25,7 +26,7 @@ MODES = {
 }
 CHANNEL = ("channel", "channel-wide")
 # The tiles, emulated, where bf16 meets bf16; else that level's attention is the vectors'.
-EMULATED = ["amx_emulated"] if "avx512bf16" in LEVELS else []
+EMULATED = levels.emulated()
 LEVELS_AND_MODES = [
     *itertools.product(LEVELS, MODES),
     *itertools.product(EMULATED, ["bf16"]),

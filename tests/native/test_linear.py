@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from gristmill.backends.native import _native
 from gristmill.formats import fp8, group_int, sparse24
 from gristmill.formats.packed import Packed, PackedSpec, decode
+from tests.kits import levels
 
 LEVELS = _native.available_levels()
 # With matrix tiles, which are emulated where there are none.
 TILED = [
-    *(["amx_emulated"] if "avx512bf16" in LEVELS else []),
+    *levels.emulated(),
     *(level for level in LEVELS if level == "amx"),
 ]
 SHAPES = [(1, 1), (16, 32), (17, 40), (192, 576), (33, 100), (64, 1536)]
@@ -48,6 +49,10 @@ FORMATS = {
     "q4_e4m3_products": PackedSpec("group_int", (1, 1), 4, 128, 8, "e4m3", False, 14, False),
     "q4_e4m3_low": PackedSpec("group_int", (1, 1), 4, 32, 8, "e4m3", False, 9, True),  # no product above 448
     "q4_e4m3_offset": PackedSpec("group_int", (1, 1), 4, 32, 3, "e4m3", False, 9, True),
+    "q4_e4m3_g64_low": PackedSpec("group_int", (1, 1), 4, 64, 8, "e4m3", False, 9, True),
+    "q4_e4m3_7_low": PackedSpec("group_int", (1, 1), 4, 96, 7, "e4m3", False, 9, True),
+    "q4_e4m3_3_low": PackedSpec("group_int", (1, 1), 4, 64, 3, "e4m3", False, 9, True),
+    "q6_e4m3_g64": PackedSpec("group_int", (1, 1), 6, 64, 32, "e4m3", False, 2, True),
     "q6_e4m3": PackedSpec("group_int", (1, 1), 6, 16, 32, "e4m3", False, 0, True),
     "sparse24": PackedSpec("sparse24", (1, 1), 4, 64, 8, "f16", False),
     "sparse24_row": PackedSpec("sparse24", (1, 1), 4, 32, 8, "f32", False),
@@ -338,14 +343,17 @@ def test_codes_of_large_groups_meet_tiles_in_this_order(level: str, name: str) -
 
 @pytest.mark.parametrize("level", TILED)
 @pytest.mark.parametrize("name", [name for name, spec in FORMATS.items() if spec.format in INTEGER])
-def test_small_numbers_alone_and_in_company(level: str, name: str) -> None:
-    """Tiles take denormal numbers for zero: one row, which needs no tiles, must have the same bits."""
+def test_numbers_of_all_sizes_alone_and_in_company(level: str, name: str) -> None:
+    """Tiles take denormal numbers for zero: one row, which needs no tiles, must have the same bits.
+
+    And overflow where those do.
+    """
     case = make(name, 48, 192)
     rng = np.random.default_rng(12)
-    for exponent in (-20, -90, -97, -110, -118, -126, -131):
+    for exponent in (-20, -90, -97, -110, -118, -126, -131, 90, 96, 110, 118, 124):
         x = (rng.standard_normal((20, 192)) * 2.0**exponent).astype(np.float32)
         x[5, ::3] = 0
-        x[6, 7:] *= np.float32(2.0 ** min(-exponent, 100))  # few of them are small
+        x[6, 7:] *= np.float32(2.0 ** min(-exponent, 100))  # few of them are small, or large
         whole = run(level, "bf16", case, x)
         for row in range(20):
             np.testing.assert_array_equal(run(level, "bf16", case, x[row : row + 1])[0], whole[row])

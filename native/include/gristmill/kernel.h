@@ -37,6 +37,7 @@ struct Weight {
   bool wide_scales = false;  // scales and mins are f32, else f16
   bool e4m3_scales = false;  // scales are bytes; there are no mins
   bool rounded = false;
+  bool as_values = false;        // on tiles bf16 rows meet values rounded to bf16, whatever the groups
   float unit = 1.0f;             // a power of two
   const void* values = nullptr;  // codes, or float values
   const void* scales = nullptr;  // [blocks][groups][16]

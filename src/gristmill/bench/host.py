@@ -16,6 +16,7 @@ _FEATURES = (
     "avx_vnni",
     "avx512f",
     "avx512bw",
+    "avx512vbmi",
     "avx512_vnni",
     "avx512_bf16",
     "amx_tile",

@@ -144,6 +144,7 @@ def compare(
                 done += len(ids)
                 if progress:
                     progress("evaluating", done, total)
+            quality.end_piece()
         finally:
             ours.close()
             theirs.close()

@@ -39,6 +39,6 @@ def render(result: Mapping[str, Any]) -> Table:
 
 
 def _with_interval(result: Mapping[str, Any], key: str, form: str) -> str:
-    """A figure and, where there is one, the interval that it lies in for 95 of 100 texts like this one."""
+    """A figure and, where there is one, its interval (`Quality` says what that holds)."""
     limits = result.get(f"{key}_ci95")
     return f"{result[key]:{form}}" + (f" ({limits[0]:{form}} to {limits[1]:{form}})" if limits else "")

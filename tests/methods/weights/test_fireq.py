@@ -35,7 +35,7 @@ from gristmill.models import build_program
 from gristmill.program.edits import keep_keys
 from gristmill.program.nodes import Program
 from tests.formats.test_fp8 import nearest
-from tests.kits import files, models
+from tests.kits import files, levels, models
 from tests.kits.executor import check_threads
 
 CASES = ["llama-smollm2", "llama-biases", "mistral", "qwen2", "qwen3", "gemma3-linear"]
@@ -324,7 +324,7 @@ def test_native_agrees_with_reference(case: str, options: str, tmp_path: Path) -
         assert executor.kv_dtype == ("bf16" if "kv: false" in options else "int4")
 
 
-LEVELS = _native.available_levels() + (["amx_emulated"] if "avx512bf16" in _native.available_levels() else [])
+LEVELS = _native.available_levels() + levels.emulated()
 
 
 @pytest.mark.parametrize(

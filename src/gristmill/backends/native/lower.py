@@ -435,9 +435,12 @@ class _Lowering:
 def prompt_in_bf16(native: _native.Program, w: NativeWeight) -> bool:
     """Whether rows of prompts meet an integer weight as bf16 under `fast`.
 
-    So at levels with matrix tiles, whose int8 products wait for the scales of groups as small as these.
+    So at levels with matrix tiles, whose int8 products wait for the scales of groups as small as these. They
+    meet its values rounded to bf16, which needs no scales, but must be made first: sooner done with codes of
+    few bits.
     """
-    return bool(native.prompts_in_bf16) and w.integer and w.group <= 32
+    most = 64 if w.storage in ("int2", "int3", "int4") else 32
+    return bool(native.prompts_in_bf16) and w.integer and w.group <= most
 
 
 def lower(
