@@ -108,6 +108,9 @@ def measure_speeds(arguments: argparse.Namespace, recipes: Sequence[Recipe], res
     before = [row["recipe"] for row in rows if row["recipe"]]
     if not arguments.work or before != [recipe.to_yaml() for recipe in recipes]:
         raise SystemExit("methods: --speeds needs --work and results of the same recipes")
+    missing = [recipe.name for recipe in recipes if not (arguments.work / "plain" / recipe.name).exists()]
+    if missing:
+        raise SystemExit(f"methods: {arguments.work} lacks {', '.join(missing)}")
     revision = commit(ROOT)
     places = [compressed(arguments.model, recipe, arguments.work / "plain") for recipe in recipes]
     add_speeds(rows, arguments.model, places, repeats=arguments.repeats, threads=arguments.threads)

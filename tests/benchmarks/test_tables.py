@@ -106,8 +106,8 @@ def test_the_tables_of_claims():
     lines = claims.searches_table({"tokens": 7, "rows": {"one": row}})
     assert "| one | 0.5000 (0.4000 to 0.6000) | 1.5000 (1.2500 to 1.7500) | 10 |" in lines
     assert lines[-1] == "- one: strength 0.5, loss 1"
-    levels = {"best": {"w4a8": {"decode 1": 10.0}, "comet": {"decode 1": 5.0}}}
-    assert "| best | 5 (0.50x) |" in claims.mixed_table({"levels": levels})
+    levels = {"amx": {"w4a8": {"decode 1": 10.0}, "comet": {"decode 1": 5.0}}}
+    assert "| amx | 5 (0.50x) |" in claims.mixed_table({"levels": levels})
     found = {"rank": 16, "quantise_s": 100.0, "load_s": 0.5, "load_adapted_s": 2.0}
     assert claims.adapters_table(found)[0].endswith("quantising anew 100 s, 50 times as long.")
 

@@ -45,10 +45,16 @@ def methods_table(listing: Sequence[Mapping[str, Any]]) -> RenderableType:
                 f"{found['kl_mean']:.4g}",
                 f"{found['decode_ratio']:.2f}x",
                 f"{found['prefill_ratio']:.2f}x",
-                f"yes: {found['recipe']}, {found['commit'][:8]}",
+                f"yes: {found['recipe']}, {_commits(found)}",
             )
         table.add_row(entry["name"], entry["title"], ", ".join(entry["slots"]), *figures, entry["paper"])
     return table
+
+
+def _commits(found: Mapping[str, Any]) -> str:
+    """Of a stored run: where quality was measured and, if that is another one, where speeds were."""
+    quality, speeds = found["commit"][:8], found.get("speeds_commit", found["commit"])[:8]
+    return quality if quality == speeds else f"{quality} (speeds {speeds})"
 
 
 def method_table(entry: Mapping[str, Any]) -> Group:
