@@ -34,6 +34,7 @@ from gristmill.bench.host import load_average, machine
 from gristmill.bench.measure import Sequences
 from gristmill.bench.subject import Subject
 from gristmill.evaluate import run as evaluate
+from gristmill.evaluate.tables import with_interval
 from gristmill.io.checkpoint import Checkpoint
 from gristmill.methods.compare import compressed
 from gristmill.methods.recipe import Recipe
@@ -176,10 +177,7 @@ def searches_table(result: Mapping[str, Any]) -> list[str]:
         "|---|--:|--:|--:|",
     ]
     for name, row in result["rows"].items():
-        kl, ratio = (
-            f"{row[key]:.4f} ({row[f'{key}_ci95'][0]:.4f} to {row[f'{key}_ci95'][1]:.4f})"
-            for key in ("kl_mean", "perplexity_ratio")
-        )
+        kl, ratio = (with_interval(row, key, ".4f") for key in ("kl_mean", "perplexity_ratio"))
         lines.append(f"| {name} | {kl} | {ratio} | {row['seconds']:.0f} |")
     lines += ["", "What the searches say:", ""]
     for name, row in result["rows"].items():

@@ -38,7 +38,7 @@ void bytes_less(__m512i bytes, int offset, vf* to) {
   to[3] = number(_mm512_srli_epi32(bytes, 24));
 }
 
-// The numbers of numbers.h as float32, `times` as large.
+// The numbers of numbers.h as float32, kTimes as large.
 template <class Numbers>
 struct Floats {
   using Codes = typename Numbers::Codes;
@@ -105,7 +105,7 @@ struct Floats<Plain<PlaneCodes<8>>> {
 };
 
 // Rounded products of 4-bit codes, eight times: whole numbers up to 120 where no code is more than eight away
-// from the offset. A table has them, and 128 more, by the three bits of the scale's mantissa and the code.
+// from the offset. A table has them, plus 128, by the three bits of the scale's mantissa and the code.
 struct alignas(64) EighthsTable {
   uint8_t numbers[128];
 

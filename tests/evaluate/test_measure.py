@@ -240,6 +240,12 @@ def test_fast_activations_cost_a_little(tmp_path):
     shown = console.export_text()
     assert f"{result['perplexity']:.4f}" in shown
     assert f"{100 * result['top1_agreement']:.2f} %" in shown
+    assert result["kl_mean_ci95"] is None  # so short a text
+    assert f"{result['perplexity_ratio']:.4f} (" not in shown
+    console.print(render({**result, "kl_mean_ci95": [0.125, 0.25], "perplexity_ratio_ci95": [1.5, 2.0]}))
+    shown = console.export_text()
+    assert f"{result['kl_mean']:.3g} (0.125 to 0.25)" in shown
+    assert f"{result['perplexity_ratio']:.4f} (1.5000 to 2.0000)" in shown
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 1}, {"window": 1}, {"kv_dtype": "f8"}, {"activations": "slow"}])

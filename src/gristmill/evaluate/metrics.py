@@ -99,7 +99,7 @@ class Quality:
 
 
 def interval(values: NDArray[np.float64], ends: Sequence[int]) -> list[float] | None:
-    """[low, high]: the mean of values [T] that end in pieces at `ends`, less and more 95 % of its error.
+    """[low, high]: the 95 % confidence interval of the mean of values [T], whose pieces end at `ends`.
 
     NaN stands for no value. None for fewer than `LEAST_PIECES` pieces.
     """

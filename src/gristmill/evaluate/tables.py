@@ -26,7 +26,7 @@ def render(result: Mapping[str, Any]) -> Table:
         table.add_row(key.replace("kv_dtype", "KV"), str(modes[key]), str(base[key]))
     table.add_row("bits per weight", f"{result['bits_per_weight']:.2f}", "")
     table.add_row("perplexity", f"{result['perplexity']:.4f}", f"{result['base_perplexity']:.4f}")
-    table.add_row("  ratio", _with_interval(result, "perplexity_ratio", ".4f"), "")
+    table.add_row("  ratio", with_interval(result, "perplexity_ratio", ".4f"), "")
     table.add_row("top-1 agreement", f"{100 * result['top1_agreement']:.2f} %", "")
     for name, key in (
         ("mean", "kl_mean"),
@@ -34,11 +34,11 @@ def render(result: Mapping[str, Any]) -> Table:
         ("99th percentile", "kl_p99"),
         ("max", "kl_max"),
     ):
-        table.add_row(f"KL, {name} (nats)", _with_interval(result, key, ".3g"), "")
+        table.add_row(f"KL, {name} (nats)", with_interval(result, key, ".3g"), "")
     return table
 
 
-def _with_interval(result: Mapping[str, Any], key: str, form: str) -> str:
+def with_interval(result: Mapping[str, Any], key: str, form: str) -> str:
     """A figure and, where there is one, its interval (`Quality` says what that holds)."""
     limits = result.get(f"{key}_ci95")
     return f"{result[key]:{form}}" + (f" ({limits[0]:{form}} to {limits[1]:{form}})" if limits else "")
