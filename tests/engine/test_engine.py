@@ -15,6 +15,7 @@ import pytest
 
 from gristmill.api import Model
 from gristmill.backends.native import NativeExecutor
+from gristmill.engine import engine as engine_module
 from gristmill.engine.engine import Engine
 from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFull, Request, RequestFailed
 from gristmill.engine.result import Result
@@ -446,6 +447,47 @@ def test_a_stream_that_nobody_reads_is_aborted_when_it_is_closed(serve: Callable
 
     asyncio.run(main())
     assert served.engine.status().counters["requests_cancelled"] == 2
+
+
+def test_news_are_passed_on_before_the_next_step(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve("llama")
+    step = served.model.executor.step
+    steps, behind = 0, []
+    heard = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps
+        behind.append(steps - heard)
+        steps += 1
+        return step(*args)
+
+    async def main() -> None:
+        nonlocal heard
+        async for _ in served.engine.stream(
+            Request([1], SamplingParams(max_tokens=200, ignore_eos=True), "a")
+        ):
+            heard += 1
+
+    monkeypatch.setattr(engine_module, "HEARD_SECONDS", 5.0)
+    monkeypatch.setattr(served.model.executor, "step", counted)
+    asyncio.run(main())
+    assert behind == [0] * 200
+
+
+def test_a_loop_that_stands_still_is_not_waited_for(serve: Callable[..., Served]) -> None:
+    served = serve("llama")
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+
+    async def main() -> int:
+        pieces = 0
+        async for _ in served.engine.stream(Request([1], params, "slow")):
+            time.sleep(0.1)
+            pieces += 1
+        return pieces
+
+    assert asyncio.run(main()) < 150  # several tokens a piece: the engine went on
 
 
 def test_deadlines(serve: Callable[..., Served]) -> None:

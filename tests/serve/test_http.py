@@ -346,7 +346,7 @@ def test_who_does_not_read_is_cut_off_and_leaves_nothing() -> None:
                 time.sleep(0.2)
                 assert connections(run) == 1
                 until(lambda: not connections(run), 6)
-            assert not run.engine.streams
+            until(lambda: not run.engine.streams, 6)
             run.engine.asked.clear()
 
     def connections(run: Run) -> int:
@@ -354,6 +354,20 @@ def test_who_does_not_read_is_cut_off_and_leaves_nothing() -> None:
         return len(run._http.server_state.connections)
 
     assert serve(test, write_timeout=1) == 0
+
+
+def test_who_reads_a_stream_too_slowly_is_cut_off() -> None:
+    def test(run: Run) -> None:
+        with connect(run, post("/v1/completions", {"prompt": "abc", "stream": True}), 65536) as connection:
+            began = time.monotonic()
+            while not (cut := run.engine.asked and not run.engine.streams) and time.monotonic() - began < 15:
+                connection.recv(200_000)
+                time.sleep(0.02)
+            assert cut
+            assert time.monotonic() - began > 4
+        assert not run.server.writing
+
+    assert serve(test, Engine(["x" * 80_000_000, "x"]), write_timeout=2) == 0
 
 
 def test_who_reads_slowly_is_not() -> None:

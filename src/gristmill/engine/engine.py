@@ -48,6 +48,12 @@ MAX_FAILURES = 3
 KV_BYTES = 2 << 30
 """KV memory unless told otherwise, if that holds one context and half of the free memory holds that."""
 MAX_N = 16
+HEARD_SECONDS = 0.01
+"""Most of what the thread waits after a step for event loops to pass the news on."""
+DEAF_SECONDS = 1.0
+"""How long it does not wait for any after one that took longer."""
+_TURNS = 4
+"""Turns of an event loop in which news reach the sockets: events, then tasks and those that they wake."""
 
 
 class _Job:
@@ -213,6 +219,7 @@ class Engine:
         """Requests that end in a second, lately."""
         self._last_end = time.monotonic()
         self._deadlines: list[_Job] = []
+        self._deaf_until = 0.0
         self._thread = threading.Thread(target=self._run, name="gristmill-engine", daemon=True)
         self._thread.start()
 
@@ -549,7 +556,23 @@ class Engine:
                     woken.setdefault(job.loop, []).append(job)
         for loop, jobs in woken.items():
             with suppress(RuntimeError):  # the loop is closed, and with it the consumers
-                loop.call_soon_threadsafe(_wake, jobs)
+                self._wake(loop, jobs)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop, jobs: list[_Job]) -> None:
+        """Lets a loop take its news and, for a moment, pass them on before the next step.
+
+        The threads of a step wait for each other, so whatever takes a processor from one of them takes it
+        from all: on two processors a step of 16 sequences took 23 ms instead of 18 beside the loop's work for
+        the step before.
+        """
+        now = time.monotonic()
+        if now < self._deaf_until:
+            loop.call_soon_threadsafe(_wake, jobs, None)
+            return
+        heard = threading.Event()
+        loop.call_soon_threadsafe(_wake, jobs, heard)
+        if not heard.wait(HEARD_SECONDS):
+            self._deaf_until = now + DEAF_SECONDS
 
     def _finished(self, job: _Job, one: Generation) -> None:
         del self._owner[id(one)]
@@ -585,6 +608,16 @@ class Engine:
                 self._fail(job, RequestFailed(f"a step of the model failed: {type(error).__name__}: {error}"))
 
 
-def _wake(jobs: list[_Job]) -> None:
+def _wake(jobs: list[_Job], heard: threading.Event | None) -> None:
     for job in jobs:
         job.wake()
+    if heard is not None:
+        _pass_turns(_TURNS, heard)
+
+
+def _pass_turns(turns: int, heard: threading.Event) -> None:
+    """Sets the event that many turns of the loop later."""
+    if turns:
+        asyncio.get_running_loop().call_soon(_pass_turns, turns - 1, heard)
+    else:
+        heard.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
@@ -132,6 +133,16 @@ class Server:
         self.fingerprint = f"gristmill-{__version__}"
         self.metrics = Metrics(self.name, self.status)
         self.unknown_seen: set[str] = set()
+        self.writing: dict[asyncio.Task[Any], float] = {}
+        """The streams that wait for their clients to take a piece, and since when by `time.monotonic`."""
+
+    def expire(self, now: float) -> None:
+        """Ends streams whose clients take too little. To be called now and then: no piece needs a timer."""
+        for task, since in list(self.writing.items()):
+            # The connection itself is cut before, where nothing at all is read.
+            if now - since > self.settings.write_timeout + 2:
+                self.writing[task] = math.inf
+                task.cancel()
 
     def status(self) -> Status | None:
         """The engine's, None while there is none."""
@@ -260,6 +271,39 @@ async def _gone(receive: Receive) -> None:
     """Waits until the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _merged(streams: Sequence[AsyncIterator[Output]]) -> AsyncIterator[tuple[int, Output]]:
+    """The news of all streams as they come, each with its stream's number."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue(len(streams))
+
+    async def pump(number: int, stream: AsyncIterator[Output]) -> None:
+        try:
+            async for output in stream:
+                await queue.put((number, output))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        left = len(streams)
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Handlers:
@@ -608,30 +652,11 @@ class _Handlers:
     ) -> AsyncIterator[tuple[int, Output]]:
         """Choice number and news, as they come. ApiError where a choice did not end well."""
         metrics = self._server.metrics
-        queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue(len(streams))
-
-        async def pump(number: int, stream: AsyncIterator[Output]) -> None:
-            try:
-                async for output in stream:
-                    await queue.put((number * count + output.index, output))
-                await queue.put(None)
-            except Exception as error:
-                await queue.put(error)
-
         last: dict[int, float] = {}
-        left = len(streams)
-        tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+        merged = _merged(streams)
         try:
-            while left:
-                item = await queue.get()
-                if item is None:
-                    left -= 1
-                    continue
-                if isinstance(item, Exception):
-                    if isinstance(item, RequestFailed) and constraint is not None and constraint.failure:
-                        raise ApiError(400, constraint.failure, code="constraint_failed")
-                    raise item
-                index, output = item
+            async for number, output in merged:
+                index = number * count + output.index
                 now = time.monotonic()
                 if output.token_ids:
                     if index not in last:
@@ -648,10 +673,12 @@ class _Handlers:
                 if output.finish_reason == "cancelled":
                     raise ApiError(503, "the request was aborted by the server", code="aborted")
                 yield index, output
+        except RequestFailed:
+            if constraint is not None and constraint.failure:
+                raise ApiError(400, constraint.failure, code="constraint_failed") from None
+            raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await merged.aclose()  # type: ignore[attr-defined]
 
     async def _whole(self, send: Send, answer: Any, outputs: AsyncIterator[tuple[int, Output]]) -> None:
         try:
@@ -667,18 +694,24 @@ class _Handlers:
         options = request.stream_options
         answer.continuous = bool(options and options.continuous_usage_stats)
         started = False
+        writing, task = self._server.writing, asyncio.current_task()
+        assert task is not None
 
         async def write(data: bytes, more: bool = True) -> None:
             nonlocal started
+            writing[task] = time.monotonic()
             try:
-                # The connection itself is cut before, where nothing at all is read.
-                async with asyncio.timeout(self._server.settings.write_timeout + 2):
-                    if not started:
-                        started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-                    await send({"type": "http.response.body", "body": data, "more_body": more})
-            except TimeoutError:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+            except asyncio.CancelledError:
+                if writing[task] != math.inf:
+                    raise
+                task.uncancel()
                 raise ApiError(499, "the client does not read") from None
+            finally:
+                del writing[task]
 
         try:
             async for index, output in outputs:

@@ -370,6 +370,7 @@ class _Run:
             if self._http is not None:
                 for connection in list(self._http.server_state.connections):
                     cast(_Connection, connection).expire(now)
+            self._server.expire(now)
             if self._engine is None:
                 continue
             try:
