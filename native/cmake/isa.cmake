@@ -18,8 +18,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(GM_NEEDS_avx512bf16 "${GM_NEEDS_avx512} | kBf16")
   set(GM_FLAGS_amx ${GM_FLAGS_avx512bf16} -mavx512vbmi -mamx-tile -mamx-int8 -mamx-bf16)
   set(GM_NEEDS_amx "${GM_NEEDS_avx512bf16} | kVbmi | kAmx")
-  set(GM_SOURCES_amx kernels/linear_amx.cc kernels/linear_amx_codes.cc kernels/linear_amx_row.cc
-      kernels/attention.cc)
+  set(GM_SOURCES_amx kernels/linear_amx.cc kernels/linear_amx_codes.cc kernels/linear_amx_few.cc
+      kernels/linear_amx_row.cc kernels/attention.cc)
   set(GM_DEFINES_amx GM_LEVEL_avx512bf16=1 GM_TILES=1)
   # The same source with the tiles in plain C++, so that it can be tested without them.
   set(GM_FLAGS_amx_emulated ${GM_FLAGS_avx512bf16} -mavx512vbmi)

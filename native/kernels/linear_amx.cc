@@ -23,7 +23,8 @@
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.
 //
-// Up to 24 rows go to the VNNI kernel: at 16 the layers of a model took 0.87 of the time there, at 32 1.1 to
+// Up to 24 rows go elsewhere: from 9 on to linear_amx_few.cc if groups are whole steps of 64 columns, else to
+// the VNNI kernel. In groups of 32, at 16 the layers of a model took 0.87 of the time there, at 32 1.1 to
 // 1.35 of it.
 #include "linear_amx.h"
 
@@ -45,7 +46,7 @@ const KernelTable* kernel_table_avx512bf16();
 namespace GM_LEVEL {
 namespace {
 
-constexpr int64_t kMinRows = 25;
+constexpr int64_t kFewRows = 9, kMinRows = 25;
 
 enum class Codes { kSigned, kUnsigned, kCorrected };
 
@@ -180,6 +181,7 @@ Compute pick(Codes codes, bool mins) {
 void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,
                  const LinearOut& out, void* scratch) {
   if (rows < kMinRows) {
+    if (rows >= kFewRows && linear_int8_few(w, x, rows, block_begin, block_end, out, scratch)) return;
     kernel_table_avx512bf16()->linear_int8(w, x, rows, block_begin, block_end, out, scratch);
     return;
   }

@@ -295,6 +295,18 @@ struct AmxCodesShape {
   }
 };
 
+// How the AMX kernel for a few int8 rows cuts columns: steps of 64, filled with zeros.
+struct AmxFewShape {
+  static constexpr int64_t kStep = 64, kStripBytes = 8 * kStep * 16 + 2048, kMostRows = 32;
+  int64_t steps, groups;
+
+  explicit AmxFewShape(const Weight& w) : steps((w.kp + kStep - 1) / kStep), groups(w.groups) {}
+  static bool takes(const Weight& w, int64_t rows) {
+    return rows >= 2 && rows <= kMostRows && (w.group % kStep == 0 || w.groups == 1);
+  }
+  int64_t scratch_bytes() const { return kStripBytes + 2 * 8192 + steps * 32 * kStep + groups * 3 * 128; }
+};
+
 // Rows of bf16 that meet integer weights at once where there are no tiles.
 constexpr int64_t kLinearPanelRows = 192;
 
@@ -308,6 +320,8 @@ inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows) {
     const int64_t tiles = AmxShape(w).scratch_bytes(rows);
     if (sums > bytes) bytes = sums;
     if (tiles > bytes) bytes = tiles;
+    const int64_t few = AmxFewShape(w).scratch_bytes();
+    if (few > bytes) bytes = few;
     const int64_t numbers = AmxCodesShape(w).scratch_bytes(rows);
     if (numbers > bytes) bytes = numbers;
   }
