@@ -171,11 +171,19 @@ def test_the_instruction_check_can_fail() -> None:
 @needs_objdump
 def test_tiles_are_used_and_released() -> None:
     found = {path.name.partition(".")[0]: instructions(path) for path in objects("gm_kernels_amx")}
-    assert set(found) == {"linear_amx", "linear_amx_codes", "linear_amx_row", "attention"}
+    assert set(found) == {
+        "linear_amx",
+        "linear_amx_codes",
+        "linear_amx_few",
+        "linear_amx_row",
+        "attention",
+    }
     row = found.pop("linear_amx_row")
     assert not any(re.search(TILES, text) for text in row)
     assert {"vpermps", "vfmadd231ps"} <= {text.split(" ")[0] for text in row}
     assert any(re.match(r"vperm[it]2b ", text) for text in row)
+    few = {text.split(" ")[0] for text in found.pop("linear_amx_few")}
+    assert {"ldtilecfg", "tdpbssd", "tdpbsud", "tilerelease"} <= few
     for name, texts in found.items():
         assert {"ldtilecfg", "tdpbf16ps", "tilerelease"} <= {text.split(" ")[0] for text in texts}, name
     mnemonics = {text.split(" ")[0] for text in found["linear_amx"]}
