@@ -278,6 +278,7 @@ async def _merged(streams: Sequence[AsyncIterator[Output]]) -> AsyncIterator[tup
     if len(streams) == 1:
         async for output in streams[0]:
             yield 0, output
+            await asyncio.sleep(0)  # others' turn, and that of a cancellation, however much there is
         return
     queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue(len(streams))
 
