@@ -100,14 +100,18 @@ inline int64_t columns_of(const Weight& w, int64_t group) {
   return group + 1 == w.groups ? w.kp - group * w.group : w.group;
 }
 
-// The scales, or minimums, of 16 rows: those from number `at` on.
+// The scales, or minimums, of 16 rows, kept as f32 (wide) or f16: those from number `at` on.
+__attribute__((always_inline)) inline vf load_plain_scales(const void* base, int64_t at, bool wide) {
+  return wide ? vf_load(static_cast<const float*>(base) + at)
+              : vf_load_f16(static_cast<const uint16_t*>(base) + at);
+}
+// The same, or E4M3.
 __attribute__((always_inline)) inline vf load_scales(const Weight& w, const void* base, int64_t at) {
   if (w.e4m3_scales) {
     const vf scale = vf_load_e4m3(static_cast<const uint8_t*>(base) + at);
     return w.rounded ? scale : scale * vf_set1(w.unit);
   }
-  return w.wide_scales ? vf_load(static_cast<const float*>(base) + at)
-                       : vf_load_f16(static_cast<const uint16_t*>(base) + at);
+  return load_plain_scales(base, at, w.wide_scales);
 }
 // The values, less the minimums, of codes less the offset.
 inline vf scaled(const Weight& w, vf scale, vf codes) {

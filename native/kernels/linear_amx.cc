@@ -46,7 +46,7 @@ const KernelTable* kernel_table_avx512bf16();
 namespace GM_LEVEL {
 namespace {
 
-constexpr int64_t kFewRows = 9, kMinRows = 25;
+constexpr int64_t kMinRows = AmxFewShape::kMostRows + 1;
 
 enum class Codes { kSigned, kUnsigned, kCorrected };
 
@@ -70,11 +70,6 @@ struct Unit {
   int64_t block, tile;
   bool first, last;  // of the block's chunks
 };
-
-inline vf load_scale(const char* p, int64_t group, bool wide) {
-  return wide ? vf_load(reinterpret_cast<const float*>(p) + group * 16)
-              : vf_load_f16(reinterpret_cast<const uint16_t*>(p) + group * 16);
-}
 
 // Sixteen rows (or fewer: the others are zero) as [groups][steps][16][step].
 void pack(const Weight& w, const AmxShape& s, const Int8Rows& x, int64_t first, int64_t rows, int8_t* to,
@@ -139,8 +134,8 @@ void compute(Tiles& tiles, const AmxShape& s, bool wide, const Unit& next, const
       tiles.template store<0>(next.dots + g * 256, 64);
     }
     if (g < now.groups) {
-      const vf scale = load_scale(now.scales, g, wide);
-      const vf low = kMins ? load_scale(now.mins, g, wide) : vf_zero();
+      const vf scale = load_plain_scales(now.scales, g * 16, wide);
+      const vf low = kMins ? load_plain_scales(now.mins, g * 16, wide) : vf_zero();
       const Side& side = now.side[g];
       GM_UNROLL(16)
       for (int r = 0; r < kRows; ++r) {
@@ -181,7 +176,7 @@ Compute pick(Codes codes, bool mins) {
 void linear_int8(const Weight& w, const Int8Rows& x, int64_t rows, int64_t block_begin, int64_t block_end,
                  const LinearOut& out, void* scratch) {
   if (rows < kMinRows) {
-    if (rows >= kFewRows && linear_int8_few(w, x, rows, block_begin, block_end, out, scratch)) return;
+    if (linear_int8_few(w, x, rows, block_begin, block_end, out, scratch)) return;
     kernel_table_avx512bf16()->linear_int8(w, x, rows, block_begin, block_end, out, scratch);
     return;
   }

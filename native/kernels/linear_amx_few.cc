@@ -69,19 +69,14 @@ void store(Tiles& tiles, int32_t* dot) {
   if constexpr (kHigh * kWide > 3) tiles.template store<3>(dot + 3 * kNext, 64);
 }
 
-inline vf load_scale(const void* p, int64_t at, bool wide) {
-  return wide ? vf_load(static_cast<const float*>(p) + at)
-              : vf_load_f16(static_cast<const uint16_t*>(p) + at);
-}
-
 // y += the scaled dots of a group.
 template <int kWide, bool kCorrected, bool kMins>
 void add_group(const Weight& w, const Rows& x, int64_t block, int64_t group) {
   const float* scales = x.scale + group * 32;
   for (int64_t b = 0; b < kWide; ++b) {
     const int64_t at = ((block + b) * w.groups + group) * 16;
-    const vf scale = load_scale(w.scales, at, w.wide_scales);
-    const vf low = kMins ? load_scale(w.mins, at, w.wide_scales) : vf_zero();
+    const vf scale = load_plain_scales(w.scales, at, w.wide_scales);
+    const vf low = kMins ? load_plain_scales(w.mins, at, w.wide_scales) : vf_zero();
     const int32_t* dot = x.dot + b * 512;
     float* y = x.y + b * 512;
     for (int64_t r = 0; r < x.rows; ++r) {
@@ -210,8 +205,8 @@ bool linear_int8_few(const Weight& w, const Int8Rows& x, int64_t rows, int64_t b
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t from = r * w.groups + g, to = g * 32 + r;
       scale[to] = x.scale[from];
-      start[to] = -w.offset * x.sum[from];
-      sum[to] = x.scale[from] * static_cast<float>(x.sum[from]);
+      if (corrected) start[to] = -w.offset * x.sum[from];
+      if (w.mins != nullptr) sum[to] = x.scale[from] * static_cast<float>(x.sum[from]);
     }
   }
   const Rows all = {packed, high, scale, start, sum, dot, y, rows};

@@ -295,14 +295,16 @@ struct AmxCodesShape {
   }
 };
 
-// How the AMX kernel for a few int8 rows cuts columns: steps of 64, filled with zeros.
+// How the AMX kernel for a few int8 rows cuts columns: steps of 64, filled with zeros. With fewer rows, or groups
+// that are not whole steps, the vector kernel is as fast.
 struct AmxFewShape {
-  static constexpr int64_t kStep = 64, kStripBytes = 8 * kStep * 16 + 2048, kMostRows = 32;
+  static constexpr int64_t kStep = 64, kStripBytes = 8 * kStep * 16 + 2048;
+  static constexpr int64_t kLeastRows = 9, kMostRows = 24;
   int64_t steps, groups;
 
   explicit AmxFewShape(const Weight& w) : steps((w.kp + kStep - 1) / kStep), groups(w.groups) {}
   static bool takes(const Weight& w, int64_t rows) {
-    return rows >= 2 && rows <= kMostRows && (w.group % kStep == 0 || w.groups == 1);
+    return rows >= kLeastRows && rows <= kMostRows && (w.group % kStep == 0 || w.groups == 1);
   }
   int64_t scratch_bytes() const { return kStripBytes + 2 * 8192 + steps * 32 * kStep + groups * 3 * 128; }
 };
