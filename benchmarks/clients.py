@@ -22,6 +22,7 @@ from harness import load, servers
 from harness.environments import ENVIRONMENT, HERE, Environment, Say, SetupError, ensure
 from harness.files import ensure_file, path_of, variables
 from harness.load import Address
+from harness.remote import end_on_sigterm
 from harness.revision import commit
 
 OUT = HERE / "results" / "clients.json"
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--weights", default="int4", help="the server's weights (default int4)")
     parser.add_argument("--json", type=Path, default=OUT, metavar="PATH", help="the result")
     arguments = parser.parse_args()
+    end_on_sigterm()
     begin = time.monotonic()
 
     def say(text: str) -> None:

@@ -22,7 +22,7 @@ from harness.environments import SetupError
 from harness.files import DEMO, ensure_file
 from harness.measure import Record, Say, open_record
 from harness.plan import Entry
-from harness.remote import Refused, Remote, choose_cpus
+from harness.remote import Refused, Remote, choose_cpus, end_on_sigterm
 
 OUT = Path(__file__).resolve().parent / "results" / "greedy.json"
 TIE = 1e-3
@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=OUT, metavar="PATH", help="the result")
     arguments = parser.parse_args()
+    end_on_sigterm()
     begin = time.monotonic()
 
     def say(text: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from harness import measure, plan, report
 from harness.environments import SetupError
 from harness.files import DEMO, LARGE
+from harness.remote import end_on_sigterm
 
 OUT = Path(__file__).resolve().parent / "results" / "peers.json"
 OTHERS = (OUT.with_name("quality.json"), OUT.with_name("greedy.json"))
@@ -33,6 +34,7 @@ def main() -> int:
     if arguments.plot and find_spec("matplotlib") is None:
         print("peers: the plot needs matplotlib (the extra [dev]); --no-plot goes without", file=sys.stderr)
         return 1
+    end_on_sigterm()
     begin = time.monotonic()
 
     def say(text: str) -> None:

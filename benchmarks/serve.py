@@ -20,6 +20,7 @@ from typing import Any
 
 from harness import load, servers
 from harness.environments import HERE, Say, SetupError
+from harness.remote import end_on_sigterm
 from harness.revision import commit
 from harness.servers import Server
 
@@ -45,6 +46,7 @@ def main() -> int:
     if arguments.plot and find_spec("matplotlib") is None:
         print("serve: the plot needs matplotlib (the extra [dev]); --no-plot goes without", file=sys.stderr)
         return 1
+    end_on_sigterm()
     begin = time.monotonic()
 
     def say(text: str) -> None:

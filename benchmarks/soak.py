@@ -27,6 +27,7 @@ import psutil
 from harness import load, servers
 from harness.environments import HERE, Say, SetupError
 from harness.load import Address, Ask, HttpError, Outcome
+from harness.remote import end_on_sigterm
 from harness.revision import commit
 
 OUT = HERE / "results" / "soak.json"
@@ -71,6 +72,7 @@ MALFORMED = (
 def main() -> int:
     """Runs the command line; the exit status."""
     arguments = _arguments()
+    end_on_sigterm()
     begin = time.monotonic()
 
     def say(text: str) -> None:

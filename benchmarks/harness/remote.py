@@ -18,6 +18,11 @@ from .environments import HERE
 LOGS = HERE / ".models" / "logs"
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM ends this program as Ctrl-C does: what it started ends with it, stopped or not."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 class Refused(Exception):
     """A worker did not do what was asked; `kind` is unsupported, error, died or timeout."""
 
