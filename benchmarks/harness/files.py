@@ -13,6 +13,7 @@ from .environments import HERE, Say, checked, ensure
 
 MODELS = HERE / ".models"
 PREPARE = HERE / "prepare"
+RECIPES = HERE.parent / "examples" / "recipes"
 DEMO = "smollm2"
 LARGE = "1b"
 """The model of about 1 B random weights."""
@@ -62,6 +63,8 @@ def _recipe(name: str) -> Recipe:
         return lambda out, say: _python("llamacpp", "llamacpp_quantize.py", source, out, say, mode="f32")
     if part == "calibration.json":
         return lambda out, say: _calibration(model, out, say)
+    if part.startswith("recipes/"):
+        return lambda out, say: _compressed(model, part.removeprefix("recipes/"), out, say)
     if part.startswith("quants/"):
         return _quants(model, part.removeprefix("quants/"))
     if part.startswith("openvino-"):
@@ -85,6 +88,14 @@ def _demo(out: Path, say: Say) -> None:
     from gristmill.io.hub import resolve
 
     shutil.copyfile(resolve(DEMO).files[0], out)
+
+
+def _compressed(model: str, name: str, out: Path, say: Say) -> None:
+    from gristmill.methods.compress import compress
+    from gristmill.methods.recipe import Recipe
+
+    recipe = Recipe.load(RECIPES / f"{name}.yaml")
+    compress(ensure_file(f"{model}/model.gguf", say), recipe, out, evaluate=False)
 
 
 def _converted(out: Path, say: Say) -> None:

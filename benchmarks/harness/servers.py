@@ -42,10 +42,14 @@ class Kind:
     """The name that requests give."""
 
 
-def _gristmill(mode: str) -> Kind:
+def _gristmill(mode: str, recipe: str = "") -> Kind:
+    """The demo model in a mode, or compressed by a recipe of examples/recipes."""
+    file = f"smollm2/recipes/{recipe}" if recipe else "smollm2/model.gguf"
+    what = f"by examples/recipes/{recipe}.yaml" if recipe else mode
+
     def command(port: int, threads: int) -> list[str]:
         return [
-            *(sys.executable, "-m", "gristmill", "serve", str(path_of("smollm2/model.gguf"))),
+            *(sys.executable, "-m", "gristmill", "serve", str(path_of(file))),
             *("--served-model-name", DEMO, "--host", "127.0.0.1", "--port", str(port), "-w", mode),
             *("--threads", str(threads), "--max-num-seqs", str(MAX_USERS), "--context", str(CONTEXT)),
             *("--max-queue", "256", "--no-access-log"),
@@ -57,11 +61,11 @@ def _gristmill(mode: str) -> Kind:
         return f"gristmill {__version__}"
 
     return Kind(
-        f"gristmill/{mode}",
-        lambda say: _have("smollm2/model.gguf", say),
+        f"gristmill/{recipe or mode}",
+        lambda say: _have(file, say),
         command,
         number,
-        f"weights {mode}; the server's defaults otherwise, {MAX_USERS} sequences",
+        f"weights {what}; the server's defaults otherwise, {MAX_USERS} sequences",
     )
 
 
@@ -145,6 +149,7 @@ def kinds() -> list[Kind]:
     return [
         _gristmill("int4"),
         _gristmill("stored"),
+        _gristmill("stored", "awq_gptq"),
         _llama("q4_0", "smollm2/q4_0.gguf"),
         _llama("q4_1", "smollm2/model.gguf"),
         _vllm(),

@@ -17,9 +17,10 @@ constexpr int64_t kPrivateValues = 8192;
 constexpr int64_t kGateRows = 72;
 
 // What a thread takes at once of rows at least, and of weights in units: fours of blocks, as kernels work on
-// two or four at a time, or single ones where all threads would not get some otherwise; pairs where many bf16
-// rows meet tiles as they lie. Kernels that pack their rows do so in every call, so with many rows they get
-// more.
+// two or four at a time, or single ones where all threads would not get some otherwise, or where all rows are
+// int8 and there are no tiles: that kernel takes one block at a time, and shares are even; pairs where many
+// bf16 rows meet tiles as they lie. Kernels that pack their rows do so in every call, so with many rows they
+// get more.
 constexpr int64_t kLeastRows = 8, kTwo = 2, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -242,11 +243,17 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
     if (node.op == Op::kAttention && long_sequences)
       buffers_[static_cast<size_t>(node.out[0])].replicated = false;
   }
+  joined_.assign(nodes_.size(), 0);
+  for (size_t i = 1; i < nodes_.size(); ++i) joined_[i] = joins(i) ? 1 : 0;
   barrier_before_.assign(nodes_.size(), 0);
   std::set<int64_t> read, written;
   for (size_t i = 0; i < nodes_.size(); ++i) {
+    if (joined_[i] != 0) continue;
     const Node& node = nodes_[i];
     std::set<int64_t> r(node.in.begin(), node.in.end()), w(node.out.begin(), node.out.end());
+    for (size_t j = i + 1; j < nodes_.size() && joined_[j] != 0; ++j) {
+      w.insert(nodes_[j].out.begin(), nodes_[j].out.end());
+    }
     for (const LinearTerm& t : node.terms) {
       for (const Product& p : t.products) {
         r.insert(p.input);
@@ -266,6 +273,20 @@ void Program::plan(int64_t tokens, int64_t logits, bool long_sequences) {
     read.insert(r.begin(), r.end());
     written.insert(w.begin(), w.end());
   }
+}
+
+// Whether an encoding is of the norm before it (or of the norm whose other encodings are before it), and rows
+// are cut alike: the norm's rows are then encoded as they come, while they are in the nearest cache.
+bool Program::joins(size_t i) const {
+  const Node& node = nodes_[i];
+  if (node.op != Op::kEncode) return false;
+  size_t first = i - 1;
+  while (joined_[first] != 0) --first;
+  const Node& norm = nodes_[first];
+  if (norm.op != Op::kRmsNorm || norm.out[0] != node.in[0]) return false;
+  const Buffer &from = buffers_[static_cast<size_t>(norm.out[0])],
+               &to = buffers_[static_cast<size_t>(node.out[0])];
+  return from.spec.rows == to.spec.rows && from.replicated == to.replicated;
 }
 
 // Cuts this step's rows into runs of one phase; one run where no node asks.
@@ -366,7 +387,7 @@ void Program::run_thread(int thread) {
       pool_->barrier();
       if (stop != 0) return;
     }
-    run_node(nodes_[i], thread);
+    if (joined_[i] == 0) run_node(nodes_[i], thread);
     if (thread == 0) progress_.fetch_add(1, std::memory_order_relaxed);
     if (profiling_ && thread == 0) {
       const double t = now();
@@ -420,14 +441,19 @@ void Program::run_node(const Node& node, int thread) {
       const float* x = f32(node.in[0], thread);
       float* y = f32(node.out[0], thread);
       const float* w = vectors_[static_cast<size_t>(node.vector)].data();
-      share(node, to, thread, [&](Range r) {
-        if (node.heads == 1) {
-          kernels_->rmsnorm(x + r.begin * ldx, ldx, w, y + r.begin * ldy, ldy, r.end - r.begin, part,
-                            node.eps);
-          return;
-        }
-        for (int64_t i = r.begin; i < r.end; ++i) {
-          kernels_->rmsnorm(x + i * ldx, part, w, y + i * ldy, part, node.heads, part, node.eps);
+      const size_t next = static_cast<size_t>(&node - nodes_.data()) + 1;
+      share(node, to, thread, [&](Range all) {
+        for (Range r = all; r.begin < all.end; r.begin = r.end) {
+          r.end = std::min(r.begin + kLeastRows, all.end);
+          if (node.heads == 1) {
+            kernels_->rmsnorm(x + r.begin * ldx, ldx, w, y + r.begin * ldy, ldy, r.end - r.begin, part,
+                              node.eps);
+          } else {
+            for (int64_t i = r.begin; i < r.end; ++i) {
+              kernels_->rmsnorm(x + i * ldx, part, w, y + i * ldy, part, node.heads, part, node.eps);
+            }
+          }
+          for (size_t i = next; i < nodes_.size() && joined_[i] != 0; ++i) run_encode(nodes_[i], r, thread);
         }
       });
       return;
@@ -569,6 +595,7 @@ Program::Cut Program::cut_of(const Node& node) const {
   if (blocks < kFour * kFours * pool_->threads()) return {1, 1};
   const bool tiles = kernels_->prompts_in_bf16;
   int64_t unit = kFour;
+  bool single = !tiles;
   const auto packs = [&](const Weight& w, int64_t rows, int64_t input, bool as_values) {
     if (rows <= kManyRows) return false;
     const Encoding encoding = buffers_[static_cast<size_t>(input)].spec.encoding;
@@ -584,6 +611,7 @@ Program::Cut Program::cut_of(const Node& node) const {
     int64_t prompt = 0;
     for (const Run& run : runs_of(to)) prompt += run.phase == Phase::kPrompt ? run.end - run.begin : 0;
     for (const Product& p : t.products) {
+      single &= buffers_[static_cast<size_t>(p.input)].spec.encoding == Encoding::kInt8;
       const int64_t apart = p.prompt_input >= 0 ? prompt : 0;
       const Weight& w = weight_of(p);
       if (packs(w, rows - apart, p.input, false) || packs(w, apart, p.prompt_input, true)) {
@@ -591,6 +619,7 @@ Program::Cut Program::cut_of(const Node& node) const {
       }
     }
   }
+  if (single) return {1, kFour * kFours};
   return {unit, kFours};
 }
 

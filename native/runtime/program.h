@@ -146,6 +146,7 @@ class Program {
   void check(const StepInput& input) const;
   void reserve(int64_t tokens, int64_t logits);
   void plan(int64_t tokens, int64_t logits, bool long_sequences);
+  bool joins(size_t node) const;
   struct Run {  // of rows of one phase
     int64_t begin, end;
     Phase phase;
@@ -208,6 +209,7 @@ class Program {
   bool long_sequences_ = false;
   int64_t reserved_tokens_ = 0, reserved_logits_ = 0;
   std::vector<char> barrier_before_;
+  std::vector<char> joined_;                  // nodes that the norm before them does
   std::vector<AttentionSequence> sequences_;  // [layer][sequence]
   Shares shares_;                             // of the nodes
   Arena workspace_, scratch_, partials_;
