@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ def _recipe(name: str) -> Recipe:
     if part == "calibration.json":
         return lambda out, say: _calibration(model, out, say)
     if part.startswith("recipes/"):
-        return lambda out, say: _compressed(model, part.removeprefix("recipes/"), out, say)
+        return lambda out, say: _compressed(model, part.removeprefix("recipes/").partition(".")[0], out, say)
     if part.startswith("quants/"):
         return _quants(model, part.removeprefix("quants/"))
     if part.startswith("openvino-"):
@@ -90,12 +91,17 @@ def _demo(out: Path, say: Say) -> None:
     shutil.copyfile(resolve(DEMO).files[0], out)
 
 
-def _compressed(model: str, name: str, out: Path, say: Say) -> None:
-    from gristmill.methods.compress import compress
-    from gristmill.methods.recipe import Recipe
+def by_recipe(name: str) -> str:
+    """The file of the demo model compressed by a recipe of examples/recipes; another one if that changes."""
+    text = (RECIPES / f"{name}.yaml").read_bytes()
+    return f"{DEMO}/recipes/{name}.{hashlib.sha256(text).hexdigest()[:8]}"
 
-    recipe = Recipe.load(RECIPES / f"{name}.yaml")
-    compress(ensure_file(f"{model}/model.gguf", say), recipe, out, evaluate=False)
+
+def _compressed(model: str, name: str, out: Path, say: Say) -> None:
+    """In a process of its own, as it takes PyTorch."""
+    source, recipe = ensure_file(f"{model}/model.gguf", say), RECIPES / f"{name}.yaml"
+    command = [sys.executable, "-m", "gristmill", "compress", str(source), "--recipe", str(recipe)]
+    checked([*command, "-o", str(out), "--no-evaluate"], f"{model} by {name}", dict(os.environ))
 
 
 def _converted(out: Path, say: Say) -> None:

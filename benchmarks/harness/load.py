@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -188,15 +189,18 @@ async def request(
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.setblocking(False)
+    loop, reader = asyncio.get_running_loop(), asyncio.StreamReader(limit)
+    transport: asyncio.BaseTransport | None = None
     try:
-        await asyncio.get_running_loop().sock_connect(connection, (address.host, address.port))
-    except BaseException:
-        connection.close()
-        raise
-    reader, writer = await asyncio.open_connection(sock=connection, limit=limit)
-    try:
-        writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-        await writer.drain()
+        await loop.sock_connect(connection, (address.host, address.port))
+        await loop.sock_sendall(connection, "\r\n".join([*lines, "", ""]).encode() + body)
+        first = await loop.sock_recv(connection, 1 << 16)
+        reader.feed_data(first)
+        if not first or _is_whole(first):
+            reader.feed_eof()  # no more is wanted: a short answer does without asyncio's transport
+        else:
+            protocol = asyncio.StreamReaderProtocol(reader)
+            transport, _ = await loop.create_connection(lambda: protocol, sock=connection)
         try:
             status = int((await reader.readline()).split()[1])
             headers = {}
@@ -207,7 +211,17 @@ async def request(
             raise HttpError(f"no answer: {error!r}") from None
         yield Response(status, headers, reader)
     finally:
-        writer.transport.abort()
+        if isinstance(transport, asyncio.Transport):
+            transport.abort()
+        else:
+            connection.close()
+
+
+def _is_whole(answer: bytes) -> bool:
+    """Whether an answer that tells its length is there to its end."""
+    head, found, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: *(\d+)\r\n", head + b"\r\n", re.IGNORECASE)
+    return bool(found) and length is not None and len(body) >= int(length[1])
 
 
 def payload_of(address: Address, ask: Ask, extra: dict[str, Any]) -> dict[str, Any]:

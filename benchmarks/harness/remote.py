@@ -19,7 +19,7 @@ LOGS = HERE / ".models" / "logs"
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM ends this program as Ctrl-C does: what it started ends with it, stopped or not."""
+    """SIGTERM ends this program as Ctrl-C does: servers and workers, stopped or not, end with it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .environments import ENVIRONMENTS, Say, SetupError, ensure
-from .files import DEMO, ensure_file, path_of, variables
+from .files import DEMO, by_recipe, ensure_file, path_of, variables
 from .llama_server import ensure_llama_server, version
 from .load import Address, HttpError, request
 from .remote import LOGS, choose_cpus
@@ -44,7 +44,7 @@ class Kind:
 
 def _gristmill(mode: str, recipe: str = "") -> Kind:
     """The demo model in a mode, or compressed by a recipe of examples/recipes."""
-    file = f"smollm2/recipes/{recipe}" if recipe else "smollm2/model.gguf"
+    file = by_recipe(recipe) if recipe else "smollm2/model.gguf"
     what = f"by examples/recipes/{recipe}.yaml" if recipe else mode
 
     def command(port: int, threads: int) -> list[str]:

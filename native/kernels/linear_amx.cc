@@ -23,9 +23,9 @@
 // Codes become signed bytes (code - offset) where those fit: no correction is needed then. Else they stay
 // unsigned and -offset * sum(q) is added to the dot.
 //
-// Up to 24 rows go elsewhere: from 9 on to linear_amx_few.cc if groups are whole steps of 64 columns, else to
-// the VNNI kernel. In groups of 32, at 16 the layers of a model took 0.87 of the time there, at 32 1.1 to
-// 1.35 of it.
+// Up to 24 rows go elsewhere: from 9 on to linear_amx_few.cc if groups are whole steps of 64 columns or the
+// whole row, else to the VNNI kernel. In groups of 32, at 16 the layers of a model took 0.87 of the time
+// there, at 32 1.1 to 1.35 of it.
 #include "linear_amx.h"
 
 #include <immintrin.h>

@@ -1,8 +1,9 @@
-// Integer weights of large groups times a few int8 rows, on AMX tiles: groups of whole steps of 64 columns.
+// Integer weights of large groups times a few int8 rows, on AMX tiles: groups of whole steps of 64 columns,
+// or one group of any width.
 //
 // The order of operations is that of linear_int.cc, so the bits are the same.
 //
-// Schedule. Up to 16 rows meet four blocks (64 output rows), up to 32 meet two, so that a group's dots are
+// Schedule. Up to 16 rows meet four blocks (64 output rows), more meet two, so that a group's dots are
 // four tiles. A step of 64 columns is decoded into a strip while the step before it is multiplied, and a
 // group's dots are scaled while the next group's first step is: memory, the vector units and the tiles are
 // busy at once, and what lies between them stays in the L1 cache.

@@ -16,11 +16,11 @@ constexpr int64_t kPrivateValues = 8192;
 // Rows of a gate and its partner that are computed before they are combined: six tiles of 12.
 constexpr int64_t kGateRows = 72;
 
-// What a thread takes at once of rows at least, and of weights in units: fours of blocks, as kernels work on
-// two or four at a time, or single ones where all threads would not get some otherwise, or where all rows are
-// int8 and there are no tiles: that kernel takes one block at a time, and shares are even; pairs where many
-// bf16 rows meet tiles as they lie. Kernels that pack their rows do so in every call, so with many rows they
-// get more.
+// What a thread takes at once of rows at least, and normalises before it encodes them, and of weights in
+// units: fours of blocks, as kernels work on two or four at a time, or single ones where all threads would
+// not get some otherwise, or where all rows are int8 and there are no tiles: that kernel takes one block at a
+// time, and shares are even; pairs where many bf16 rows meet tiles as they lie. Kernels that pack their rows
+// do so in every call, so with many rows they get more.
 constexpr int64_t kLeastRows = 8, kTwo = 2, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }

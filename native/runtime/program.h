@@ -98,7 +98,8 @@ struct StepInput {
   const volatile int32_t* cancel = nullptr;  // polled between nodes; may be null
 };
 
-// Seconds per node, summed over the steps since the last reset.
+// Seconds per node, summed over the steps since the last reset. Encodings that a norm takes along count as
+// its.
 struct NodeTime {
   std::string name;
   double seconds = 0;

@@ -470,15 +470,25 @@ def test_news_are_passed_on_before_the_next_step(
         ):
             heard += 1
 
+    served.engine._crowded = True
     monkeypatch.setattr(engine_module, "HEARD_SECONDS", 5.0)
     monkeypatch.setattr(served.model.executor, "step", counted)
     asyncio.run(main())
     assert behind == [0] * 200
 
 
-def test_a_loop_that_stands_still_is_not_waited_for(serve: Callable[..., Served]) -> None:
+def test_a_loop_that_stands_still_is_not_waited_for(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve("llama")
+    served.engine._crowded = True
     params = SamplingParams(max_tokens=300, ignore_eos=True)
+    waits = []
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return super().wait(timeout)
 
     async def main() -> int:
         pieces = 0
@@ -487,7 +497,18 @@ def test_a_loop_that_stands_still_is_not_waited_for(serve: Callable[..., Served]
             pieces += 1
         return pieces
 
+    monkeypatch.setattr(engine_module.threading, "Event", Event)
     assert asyncio.run(main()) < 150  # several tokens a piece: the engine went on
+    assert waits == [engine_module.HEARD_SECONDS]  # and was deaf from then on
+
+
+def test_where_processors_are_spare_no_loop_is_waited_for(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "default_threads", lambda: 1000)
+    assert not serve("llama").engine._crowded
+    monkeypatch.setattr(engine_module, "default_threads", lambda: 1)
+    assert serve("llama").engine._crowded
 
 
 def test_deadlines(serve: Callable[..., Served]) -> None:

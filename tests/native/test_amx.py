@@ -134,14 +134,16 @@ def test_same_bits_as_the_vector_kernels(level: str, format: Format) -> None:
     for n, k in [(576, 64), (192, 576), (17, 200), (48, 1536), (16, 8), (33, 328)]:
         for ragged in {False, format.group > 0 and k % format.group != 0}:
             linear = Linear(n, k, format, ragged=ragged)
-            x = rows(37, k)
-            same(linear.run(level, x), linear.run(BASE, x), f"{n}x{k} ragged={ragged}")
+            # Few rows, where groups are whole steps: one tile high and two.
+            for count in (37, 9, 16, 17, 24):
+                x = rows(count, k)
+                same(linear.run(level, x), linear.run(BASE, x), f"{count} rows, {n}x{k} ragged={ragged}")
 
 
 @NEEDS_AVX512
 @pytest.mark.parametrize("level", TILED)
 def test_any_number_of_rows(level: str) -> None:
-    for format in (Format(4, 32, 8), Format(8, 64, 32, mins=True)):
+    for format in (Format(4, 32, 8), Format(8, 64, 32, mins=True), Format(4, 64, 8), Format(3, 128, 4)):
         linear = Linear(50, 72, format)
         x = rows(80, 72)
         whole = linear.run(BASE, x)
@@ -161,26 +163,28 @@ def test_more_rows_than_a_panel(level: str) -> None:
 @NEEDS_AVX512
 @pytest.mark.parametrize("level", TILED)
 def test_bias_and_accumulation(level: str) -> None:
-    for format in FORMATS[1:4]:
+    for format in (*FORMATS[1:4], Format(4, 64, 8), Format(4, 192, 8, mins=True)):
         linear = Linear(35, 192, format)
-        x = rows(37, 192)
-        into = np.random.default_rng(5).standard_normal((37, 35)).astype(np.float32)
-        for bias in (False, True):
-            same(linear.run(level, x, bias, into), linear.run(BASE, x, bias, into), f"bias={bias}")
-            same(linear.run(level, x, bias), linear.run(BASE, x, bias), f"bias={bias}")
+        for count in (37, 20, 12):
+            x = rows(count, 192)
+            into = np.random.default_rng(5).standard_normal((count, 35)).astype(np.float32)
+            for bias in (False, True):
+                same(linear.run(level, x, bias, into), linear.run(BASE, x, bias, into), f"bias={bias}")
+                same(linear.run(level, x, bias), linear.run(BASE, x, bias), f"bias={bias}")
 
 
 @NEEDS_AVX512
 @pytest.mark.parametrize("level", TILED)
 def test_blocks_are_independent(level: str) -> None:
-    linear = Linear(100, 64, Format(4, 32, 8))
-    x = rows(33, 64)
-    whole = linear.run(BASE, x)
-    for begin, end in [(0, 1), (1, 4), (2, 7), (6, 7), (3, 3)]:
-        part = linear.run(level, x, blocks=(begin, end))
-        same(part[:, begin * 16 : end * 16], whole[:, begin * 16 : end * 16])
-        assert np.isnan(part[:, : begin * 16]).all()
-        assert np.isnan(part[:, end * 16 :]).all()
+    for format, count in ((Format(4, 32, 8), 33), (Format(4, 64, 8), 12), (Format(8, 64, 32, mins=True), 20)):
+        linear = Linear(100, 64, format)
+        x = rows(count, 64)
+        whole = linear.run(BASE, x)
+        for begin, end in [(0, 1), (1, 4), (2, 7), (1, 3), (6, 7), (3, 3)]:
+            part = linear.run(level, x, blocks=(begin, end))
+            same(part[:, begin * 16 : end * 16], whole[:, begin * 16 : end * 16])
+            assert np.isnan(part[:, : begin * 16]).all()
+            assert np.isnan(part[:, end * 16 :]).all()
 
 
 @NEEDS_AVX512

@@ -434,11 +434,11 @@ def test_bias_and_accumulation() -> None:
 @pytest.mark.parametrize("level", list(dict.fromkeys(LEVELS + TILED)))
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_cut_of_the_blocks_gives_the_same(level: str, name: str) -> None:
-    """Threads take ranges of fours of blocks, as they come."""
+    """Threads take ranges of blocks, as they come: of fours, twos or single ones."""
     case = make(name, 16 * 11 + 3, 160)
     x = np.random.default_rng(4).standard_normal((37, 160)).astype(np.float32)
     for arithmetic in arithmetics(case.packed.spec):
-        for rows in (1, 3, 5, 25, 37):
+        for rows in (1, 3, 5, 12, 20, 25, 37):
             part = np.ascontiguousarray(x[:rows])
             whole = run(level, arithmetic, case, part)
             for begin, end in [(0, 4), (4, 12), (8, 12), (2, 7)]:

@@ -296,7 +296,7 @@ struct AmxCodesShape {
 };
 
 // How the AMX kernel for a few int8 rows cuts columns: steps of 64, filled with zeros. With fewer rows, or
-// groups that are not whole steps, the vector kernel is as fast.
+// several groups that are not whole steps, the vector kernel is as fast.
 struct AmxFewShape {
   static constexpr int64_t kStep = 64, kStripBytes = 8 * kStep * 16 + 2048;
   static constexpr int64_t kLeastRows = 9, kMostRows = 24;

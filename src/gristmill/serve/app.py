@@ -144,6 +144,11 @@ class Server:
                 self.writing[task] = math.inf
                 task.cancel()
 
+    def check_room(self) -> None:
+        """QueueFull where the engine takes no more requests for now."""
+        if self.engine is not None and not self.draining and self.engine.alive:
+            self.engine.check_room()
+
     def status(self) -> Status | None:
         """The engine's, None while there is none."""
         return None if self.engine is None else self.engine.status()
@@ -158,7 +163,7 @@ class Server:
         return self.engine
 
 
-def make_app(server: Server, page: ASGIApp | None = None, page_paths: Sequence[str] = ()) -> ASGIApp:
+def make_app(server: Server, page: ASGIApp | None = None, page_paths: Sequence[str] = ()) -> Guard:
     """The application. page: serves `page_paths`."""
     handlers = _Handlers(server)
     routes: list[BaseRoute] = [
@@ -633,7 +638,8 @@ class _Handlers:
                 streams.append(engine.stream(asked))
             outputs = self._outputs(streams, count, began, constraint)
             if request.stream:
-                await _while_there(receive, self._stream(send, request, answer, outputs))
+                cut = scope.get("abort", lambda: None)
+                await _while_there(receive, self._stream(send, cut, request, answer, outputs))
             else:
                 await _while_there(receive, self._whole(send, answer, outputs))
         except ContextLengthExceeded as error:
@@ -690,8 +696,14 @@ class _Handlers:
         await send_json(send, answer.whole())
 
     async def _stream(
-        self, send: Send, request: Any, answer: Any, outputs: AsyncIterator[tuple[int, Output]]
+        self,
+        send: Send,
+        cut: Callable[[], None],
+        request: Any,
+        answer: Any,
+        outputs: AsyncIterator[tuple[int, Output]],
     ) -> None:
+        """cut: ends the connection at once."""
         options = request.stream_options
         answer.continuous = bool(options and options.continuous_usage_stats)
         started = False
@@ -710,6 +722,8 @@ class _Handlers:
                 if writing[task] != math.inf:
                     raise
                 task.uncancel()
+                cut()
+                await asyncio.sleep(0)  # the connection learns that it is lost
                 raise ApiError(499, "the client does not read") from None
             finally:
                 del writing[task]

@@ -10,13 +10,15 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from email.utils import formatdate
 from typing import Any
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gristmill.engine.request import QueueFull
 from gristmill.serve import logs
-from gristmill.serve.errors import ApiError
+from gristmill.serve.errors import ApiError, translate
 from gristmill.serve.limits import LIMITS
 from gristmill.serve.metrics import Metrics
 from gristmill.serve.settings import Settings
@@ -26,6 +28,8 @@ __all__ = ["OPEN_ROUTES", "Guard", "read_body"]
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 """Routes that need no key. The page's own files do not either: what it shows comes through keyed routes."""
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+_COMPLETION = re.compile(rb"POST (/v1/(?:chat/)?completions) HTTP/1\.1\r\n")
+_FIELD = re.compile(rb"([!#-'*+.0-9A-Z^-z|~-]+):[ \t]*([\x20-\x7e]*)")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 
@@ -96,6 +100,60 @@ class Guard:
                 await send_error(answer, ApiError(500, "internal error", code="internal_error"))
         finally:
             self._account(scope, path, status, time.perf_counter() - began, request_id)
+
+    def refusal(
+        self, data: bytes, check_room: Callable[[], object], client: tuple[str, int] | None
+    ) -> bytes | None:
+        """The answer to a completion that finds no room, from all that its connection has brought so far.
+
+        Under overload most of what comes ends here, before it costs what a request costs. None where there is
+        room, and for whatever is not plainly a whole request that passes all checks: that is answered the
+        long way. The connection is to be closed after it.
+        """
+        asked = _COMPLETION.match(data)
+        if asked is None:
+            return None
+        began = time.perf_counter()
+        try:
+            check_room()
+            return None
+        except QueueFull as error:
+            full = translate(error)
+        head, found, body = data.partition(b"\r\n\r\n")
+        fields = [_FIELD.fullmatch(line) for line in head.split(b"\r\n")[1:]]
+        if not found or None in fields:
+            return None
+        pairs = [(one[1].lower(), one[2].rstrip()) for one in fields if one is not None]
+        headers = {name.decode(): value.decode() for name, value in pairs}
+        rare = {"expect", "transfer-encoding", "origin", "upgrade"} & headers.keys()
+        if (
+            rare
+            or "host" not in headers
+            or len(headers) < len(pairs)
+            or headers.get("content-length") != str(len(body))
+        ):
+            return None
+        path = asked[1].decode()
+        try:
+            self._check({"method": "POST", "headers": pairs}, headers, path)
+        except ApiError:
+            return None
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        text = json.dumps(full.body()).encode()
+        lines = [
+            "HTTP/1.1 429 Too Many Requests",
+            f"date: {formatdate(usegmt=True)}",
+            "content-type: application/json",
+            f"content-length: {len(text)}",
+            *(f"{name}: {value}" for name, value in full.headers.items()),
+            f"x-request-id: {request_id}",
+            "connection: close",
+        ]
+        self._account(
+            {"method": "POST", "client": client}, path, full.status, time.perf_counter() - began, request_id
+        )
+        return "\r\n".join([*lines, "", ""]).encode() + text
 
     def _check(self, scope: Scope, headers: dict[str, str], path: str) -> None:
         """Raises ApiError for a request that goes no further."""

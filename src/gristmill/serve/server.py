@@ -38,6 +38,8 @@ _SPARE_FILES = 512
 """Open files beside the connections: weights, KV memory, helpers."""
 _SPARE_CONNECTIONS = 64
 """Beyond the limit, so that some can be told 503; others are closed unread."""
+_FIRST_BYTES = 1 << 16
+"""Of a connection, looked at before it is accepted."""
 _IGNORED_BYTES = 1 << 20
 """Of a body that is read on after its answer was sent."""
 
@@ -57,11 +59,49 @@ def run(model: str, settings: Settings, announce: Callable[[str], None]) -> int:
         return asyncio.run(_Run(model, settings, listener, announce).main())
 
 
-def _listen(settings: Settings) -> socket.socket:
+class _Listener(socket.socket):
+    """A listening socket that turns requests away itself while there is no room for them.
+
+    Under overload that is most of what a server does: a connection of asyncio's alone costs several times
+    what reading, refusing and closing costs here.
+    """
+
+    refusal: Callable[[bytes, Any], bytes | None] | None = None
+    """The answer to a connection whose first bytes and client's address are these; None: it is accepted."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection that is not turned away."""
+        while True:
+            connection, address = super().accept()
+            if not self._turns_away(connection, address):
+                return connection, address
+
+    def _turns_away(self, connection: socket.socket, address: Any) -> bool:
+        if self.refusal is None:
+            return False
+        try:
+            connection.setblocking(False)
+            answer = self.refusal(connection.recv(_FIRST_BYTES, socket.MSG_PEEK), address)
+            if answer is None:
+                return False
+            connection.recv(_FIRST_BYTES)  # closing with bytes unread would cut the answer off
+            connection.send(answer)
+        except BlockingIOError:  # nothing has come yet
+            return False
+        except OSError:
+            pass  # the client has gone
+        connection.close()
+        return True
+
+
+def _listen(settings: Settings) -> _Listener:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio sends without waiting for more (TCP_NODELAY).
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = _Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_DEFER_ACCEPT"):
+        # Connections are shown with their first bytes, or after a second without any.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
     try:
         listener.bind((settings.host, settings.port))
         listener.listen(1024)
@@ -120,6 +160,8 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.cycle is not None:
+            self.cycle.scope.setdefault("abort", self.transport.abort)  # type: ignore[typeddict-item]
         if not self._unanswered:
             self._ignored += len(data)
             if self.conn.their_state is not h11.SEND_BODY:
@@ -186,7 +228,7 @@ class _Helpers:
 
 class _Run:
     def __init__(
-        self, model: str, settings: Settings, listener: socket.socket, announce: Callable[[str], None]
+        self, model: str, settings: Settings, listener: _Listener, announce: Callable[[str], None]
     ) -> None:
         self._model_name = model
         self._settings = settings
@@ -206,8 +248,9 @@ class _Run:
 
         settings = self._settings
         files, paths = page()
+        guard = make_app(self._server, files, paths)
         config = uvicorn.Config(
-            cast(Any, make_app(self._server, files, paths)),
+            cast(Any, guard),
             http=_protocol(settings),
             ws="none",
             lifespan="off",
@@ -227,6 +270,8 @@ class _Run:
         except (OSError, ssl.SSLError) as error:
             raise GristmillError(f"cannot use the TLS certificate or key: {error}") from None
         self._http = http = _Http(config)
+        if settings.ssl_certfile is None:
+            self._listener.refusal = lambda data, client: guard.refusal(data, self._server.check_room, client)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal, number)
@@ -367,10 +412,10 @@ class _Run:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
+            self._server.expire(now)
             if self._http is not None:
                 for connection in list(self._http.server_state.connections):
                     cast(_Connection, connection).expire(now)
-            self._server.expire(now)
             if self._engine is None:
                 continue
             try:
