@@ -95,11 +95,6 @@ def prefix_lines(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _slope(section: dict[str, Any]) -> str:
-    slope, error = section["rss_slope_mb_per_hour"], section["rss_slope_error"]
-    return "unknown" if slope is None else f"{slope:.2f} ± {error:.2f} MB/h"
-
-
 def soak_lines(section: dict[str, Any]) -> list[str]:
     """What a soak saw, and its checks."""
     requests = ", ".join(f"{name} {count}" for name, count in sorted(section["requests"].items()))
@@ -107,7 +102,7 @@ def soak_lines(section: dict[str, Any]) -> list[str]:
         f"{_measured(section)}. {section['users']} users, {section['minutes']:g} minutes, weights "
         f"{section['weights']}: {section['tokens']:,} tokens ({section['tokens_per_s']:.0f} per second), "
         f"p99 TTFT {section['ttft_ms_p99'] or 0:.0f} ms, {section['canaries']} answers compared. "
-        f"Requests: {requests}. RSS slope {_slope(section)}.",
+        f"Requests: {requests}.",
         "",
         "![memory, KV memory, and numbers over time](soak.png)",
         "",
