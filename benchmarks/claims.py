@@ -28,6 +28,7 @@ import methods
 import numpy as np
 import safetensors.numpy
 from harness.pages import fill
+from harness.remote import end_on_sigterm
 from harness.revision import commit, named
 
 from gristmill.bench.host import load_average, machine
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only write the pages anew")
     arguments = parser.parse_args()
+    end_on_sigterm()
     results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not arguments.table:
         with tempfile.TemporaryDirectory() as folder:

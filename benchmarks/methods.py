@@ -20,6 +20,7 @@ from typing import Any
 
 from harness.pages import fill
 from harness.planted import planted
+from harness.remote import end_on_sigterm
 from harness.revision import commit, named
 
 from gristmill import methods
@@ -67,6 +68,7 @@ def main() -> int:
         "--speeds", action="store_true", help="with --work: only measure the speeds of what is there anew"
     )
     arguments = parser.parse_args()
+    end_on_sigterm()
     if arguments.table:
         write(json.loads(RESULTS.read_text()))
         return 0

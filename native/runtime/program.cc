@@ -21,7 +21,8 @@ constexpr int64_t kGateRows = 72;
 // not get some otherwise, or where all rows are int8 and there are no tiles: that kernel takes one block at a
 // time, and shares are even; pairs where many bf16 rows meet tiles as they lie. Kernels that pack their rows
 // do so in every call, so with many rows they get more.
-constexpr int64_t kLeastRows = 8, kTwo = 2, kFour = 4, kFours = 1, kPackedFours = 4, kManyRows = 24;
+constexpr int64_t kLeastRows = 8, kTwo = 2, kFour = 4, kFours = 1, kPackedFours = 4;
+constexpr int64_t kManyRows = AmxFewShape::kMostRows;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
