@@ -244,18 +244,24 @@ async def complete(
     begin: float | None = None,
     extra: dict[str, Any] | None = None,
     watch: Callable[[Outcome], bool] | None = None,
+    *,
+    raw: bytes | None = None,
 ) -> Outcome:
     """One streamed completion. It does not raise: what went wrong is in the outcome.
 
     begin: when it was due, now if None. extra: more fields of the request. watch: called after each piece of
-    text; the connection is closed when it says False.
+    text; the connection is closed when it says False. raw: the request's JSON, where it is there already.
     """
     loop = asyncio.get_running_loop()
     outcome = Outcome(ask, loop.time() if begin is None else begin)
     pieces: list[str] = []
     try:
         async with request(
-            address, "POST", "/v1/completions", payload_of(address, ask, extra or {})
+            address,
+            "POST",
+            "/v1/completions",
+            None if raw is not None else payload_of(address, ask, extra or {}),
+            raw=raw,
         ) as response:
             outcome.status = response.status
             if response.status != 200:
@@ -368,16 +374,17 @@ async def open_loop(
     last arrival. A request's times are from when it was due.
     """
     loop = asyncio.get_running_loop()
+    bodies = [json.dumps(payload_of(address, ask, extra or {})).encode() for ask in asks]
     draw = random.Random(seed)
     began, cpu = loop.time(), time.process_time()
     due = began
     tasks, times = [], []
-    for ask in asks:
+    for ask, body in zip(asks, bodies, strict=True):
         due += draw.expovariate(rate)
         times.append(due)
         if due > loop.time():
             await asyncio.sleep(due - loop.time())
-        work = _bounded(complete(address, ask, begin=due, extra=extra), ask, due + limit_s)
+        work = _bounded(complete(address, ask, begin=due, raw=body), ask, due + limit_s)
         tasks.append(asyncio.create_task(work))
     outcomes = await asyncio.gather(*tasks)
     warm = max(times[len(times) // 10], began + warm_s)
@@ -388,7 +395,8 @@ async def _bounded(work: Any, ask: Ask, end: float) -> Outcome:
     loop = asyncio.get_running_loop()
     begin = loop.time()
     try:
-        return await asyncio.wait_for(work, end - begin)  # type: ignore[no-any-return]
+        async with asyncio.timeout_at(end):  # no task beside the one that runs
+            return await work  # type: ignore[no-any-return]
     except TimeoutError:
         return Outcome(ask, begin, end=loop.time(), error="no end within the time limit")
 
