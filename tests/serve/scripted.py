@@ -95,7 +95,7 @@ class Engine:
         self.draining = False
         self.counters: Counter[str] = Counter()
 
-    def check_room(self) -> None:
+    def check_room(self, coming: int = 0) -> None:
         if self.full:
             raise QueueFull("requests are waiting", 3.4)
 

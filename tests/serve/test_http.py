@@ -226,7 +226,9 @@ def exchange(run: Run, *pieces: bytes) -> tuple[bytes, dict[str, str], bytes]:
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
         for piece in pieces:
             connection.sendall(piece)
-            time.sleep(0.05)
+            if piece is not pieces[-1]:  # the server has it before the next
+                until(lambda: run._http is not None and run._http.server_state.connections)
+        connection.recv(1, socket.MSG_PEEK)
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -273,6 +275,19 @@ def test_a_full_queue_refuses_a_whole_request_as_it_comes(path: str) -> None:
         assert exchange(run, head() + body)[0].split()[1] != b"429"
 
     assert serve(test) == 0
+
+
+def test_a_proxy_tells_the_client_of_what_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def test(run: Run) -> None:
+        run.engine.full = True
+        whole = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n%b\r\n{}"
+        for more in (b"", b"X-Forwarded-For: 203.0.113.9\r\n"):
+            assert exchange(run, whole % more)[0].split()[1] == b"429"
+
+    with caplog.at_level(logging.INFO, "gristmill"):
+        assert serve(test) == 0
+    told = [one.fields["client"] for one in caplog.records if one.getMessage() == "request"]  # type: ignore[attr-defined]
+    assert told == ["127.0.0.1", "203.0.113.9"]
 
 
 def test_a_full_queue_does_not_answer_without_a_key() -> None:

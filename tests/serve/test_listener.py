@@ -6,25 +6,36 @@ import asyncio
 import select
 import selectors
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from gristmill.engine.request import QueueFull
 from gristmill.serve import server
 from gristmill.serve.settings import Settings
 
+ASK = b"completion"
+
 
 class Door:
-    """A listening socket under an event loop, as asyncio's servers use one."""
+    """A listening socket under an event loop, as asyncio's servers use one, and what it asks of a server."""
 
-    def __init__(self) -> None:
-        self.full = True
+    def __init__(self, room: int = 0) -> None:
+        self.room = room
         self.wakes = 0
         self.accepted: list[socket.socket] = []
+        self.wrong: list[object] = []
         self.listener = server._listen(Settings(port=0))
-        self.listener.refusal = lambda data, client: b"full" if self.full else None
-        self.listener.gather()
+
+    def asks_for_completion(self, data: bytes) -> bool:
+        return data.startswith(ASK)
+
+    def full(self, coming: int) -> QueueFull | None:
+        return QueueFull("full", 1) if coming >= self.room else None
+
+    def refusal(self, data: bytes, reason: QueueFull, client: Any) -> bytes | None:
+        return b"full" if data == ASK else None
 
     def look(self) -> None:
         self.wakes += 1
@@ -34,70 +45,122 @@ class Door:
             except BlockingIOError:
                 return
 
-    async def ask(self) -> bytes:
+    async def ask(self, data: bytes = ASK) -> bytes:
         reader, writer = await asyncio.open_connection(*self.listener.getsockname()[:2])
-        writer.write(b"POST /v1/completions")
+        writer.write(data)
         try:
-            return await asyncio.wait_for(reader.read(), 5)
+            return await asyncio.wait_for(reader.read(), 10)
+        except ConnectionError:
+            return b"closed unread"
         finally:
             writer.close()
 
+    async def accepts(self, count: int) -> None:
+        """Waits for so many connections, and closes them."""
+        async with asyncio.timeout(10):
+            while len(self.accepted) < count:
+                await asyncio.sleep(0.005)
+        assert len(self.accepted) == count
+        while self.accepted:
+            self.accepted.pop().close()
+
     async def __aenter__(self) -> Door:
-        asyncio.get_running_loop().add_reader(self.listener, self.look)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, what: self.wrong.append(what))
+        self.listener.turn_away(self, self.full)  # type: ignore[arg-type]
+        loop.add_reader(self.listener, self.look)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         asyncio.get_running_loop().remove_reader(self.listener)
-        for one in self.accepted:
-            one.close()
         self.listener.close()
+        while self.accepted:
+            self.accepted.pop().close()
+        assert self.listener.fileno() == -1
+        assert not self.wrong
 
 
 @pytest.fixture
-def door() -> Iterator[Door]:
-    one = Door()
-    yield one
-    one.listener.close()
-
-
-def test_what_is_turned_away_gathers(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def gathers(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     if not hasattr(select, "epoll"):
         pytest.skip("the system has no epoll")
-    monkeypatch.setattr(server, "_REFUSED_TOGETHER_SECONDS", 0.3)
+    return lambda seconds: monkeypatch.setattr(server, "_GATHER_SECONDS", seconds)
+
+
+def test_what_is_turned_away_gathers(gathers: Callable[[float], None]) -> None:
+    gathers(1.0)
 
     async def test() -> None:
-        async with door:
+        async with Door() as door:
             assert await door.ask() == b"full"
-            begin, woken = time.monotonic(), door.wakes
+            woken = door.wakes
             assert await asyncio.gather(*(door.ask() for _ in range(20))) == [b"full"] * 20
-            assert time.monotonic() - begin > 0.2
             assert door.wakes == woken + 1
-            # Once there is room it is as ever.
-            door.full = False
-            waiting = [asyncio.create_task(door.ask()) for _ in range(3)]
-            await asyncio.sleep(0.6)
-            assert len(door.accepted) == 3
-            begin = time.monotonic()
-            waiting.append(asyncio.create_task(door.ask()))
-            while len(door.accepted) < 4:
-                await asyncio.sleep(0.001)
-                assert time.monotonic() - begin < 0.2
-            for one in door.accepted:
-                one.close()
-            await asyncio.gather(*waiting, return_exceptions=True)  # closed unread
+            assert not door.accepted
 
     asyncio.run(test())
 
 
-def test_closing_while_requests_gather(door: Door) -> None:
+def test_one_free_place_lets_one_of_many_in(gathers: Callable[[float], None]) -> None:
+    gathers(0.5)
+
     async def test() -> None:
-        wrong: list[object] = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, what: wrong.append(what))
-        async with door:
+        async with Door() as door:
             assert await door.ask() == b"full"
-        assert door.listener.fileno() == -1
-        await asyncio.sleep(2 * server._REFUSED_TOGETHER_SECONDS)
-        assert not wrong
+            door.room = 1
+            asked = [asyncio.create_task(door.ask()) for _ in range(10)]
+            other = asyncio.create_task(door.ask(b"something else"))
+            await door.accepts(2)  # what asks for no completion needs no place
+            assert sorted(await asyncio.gather(*asked)) == [b"closed unread"] + [b"full"] * 9
+            assert await other == b"closed unread"
+
+    asyncio.run(test())
+
+
+def test_others_have_their_turn(gathers: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers(0.5)
+    monkeypatch.setattr(server, "_REFUSED_AT_ONCE", 4)
+
+    async def test() -> None:
+        async with Door() as door:
+            assert await door.ask() == b"full"
+            woken = door.wakes
+            assert await asyncio.gather(*(door.ask() for _ in range(20))) == [b"full"] * 20
+            assert door.wakes >= woken + 5
+
+    asyncio.run(test())
+
+
+def test_while_there_is_room_nothing_gathers(gathers: Callable[[float], None]) -> None:
+    gathers(60.0)
+
+    async def test() -> None:
+        async with Door(room=1) as door:
+            for _ in range(3):
+                asked = asyncio.create_task(door.ask())
+                await door.accepts(1)
+                await asked
+            door.room = 0
+            # There is no room for this one, but it is not the short way that can say so.
+            asked = asyncio.create_task(door.ask(ASK + b" in pieces"))
+            await door.accepts(1)
+            await asked
+            asked, woken = asyncio.create_task(door.ask()), door.wakes
+            await asyncio.sleep(0.3)
+            assert (door.wakes, asked.done()) == (woken, False)
+            asked.cancel()
+
+    asyncio.run(test())
+
+
+def test_closing_while_requests_gather(gathers: Callable[[float], None]) -> None:
+    gathers(0.05)
+
+    async def test() -> None:
+        async with Door() as door:
+            assert await door.ask() == b"full"
+        await asyncio.sleep(0.2)
+        assert not door.wrong
 
     asyncio.run(test())
 

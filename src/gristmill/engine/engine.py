@@ -417,10 +417,13 @@ class Engine:
         self._command(lambda: self._add(job))
         return job
 
-    def check_room(self) -> tuple[int, int]:
-        """Requests that have not begun, and the tokens of their prompts. QueueFull if none more are taken."""
+    def check_room(self, coming: int = 0) -> tuple[int, int]:
+        """Requests that have not begun, and the tokens of their prompts. QueueFull if none more are taken.
+
+        coming: requests that are as good as here.
+        """
         waiting, tokens = self._waiting()
-        if waiting >= self.max_waiting + max(0, self.max_sequences - len(self._scheduler.running)):
+        if waiting + coming >= self.max_waiting + max(0, self.max_sequences - len(self._scheduler.running)):
             raise QueueFull(f"{waiting} requests are waiting", self._retry_after())
         return waiting, tokens
 

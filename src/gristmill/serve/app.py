@@ -21,6 +21,7 @@ from gristmill.engine.request import (
     Constraint,
     ContextLengthExceeded,
     Output,
+    QueueFull,
     Request,
     RequestFailed,
     Status,
@@ -82,7 +83,7 @@ class ServedEngine(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    def check_room(self) -> object: ...
+    def check_room(self, coming: int = 0) -> object: ...
 
     def stream(self, request: Request) -> AsyncIterator[Output]: ...
 
@@ -144,10 +145,14 @@ class Server:
                 self.writing[task] = math.inf
                 task.cancel()
 
-    def check_room(self) -> None:
-        """QueueFull where the engine takes no more requests for now."""
+    def full(self, coming: int) -> QueueFull | None:
+        """Why the engine takes no more requests for now. coming: those that are as good as in its queue."""
         if self.engine is not None and not self.draining and self.engine.alive:
-            self.engine.check_room()
+            try:
+                self.engine.check_room(coming)
+            except QueueFull as error:
+                return error
+        return None
 
     def status(self) -> Status | None:
         """The engine's, None while there is none."""

@@ -101,31 +101,32 @@ class Guard:
         finally:
             self._account(scope, path, status, time.perf_counter() - began, request_id)
 
-    def refusal(
-        self, data: bytes, check_room: Callable[[], object], client: tuple[str, int] | None
-    ) -> bytes | None:
+    def asks_for_completion(self, data: bytes) -> bool:
+        """Whether what a connection has brought so far begins as a completion does."""
+        return _COMPLETION.match(data) is not None
+
+    def refusal(self, data: bytes, reason: QueueFull, client: tuple[str, int] | None) -> bytes | None:
         """The answer to a completion that finds no room, from all that its connection has brought so far.
 
-        Under overload most of what comes ends here, before it costs what a request costs. None where there is
-        room, and for whatever is not plainly a whole request that passes all checks: that is answered the
-        long way. The connection is to be closed after it.
+        Under overload most of what comes ends here, before it costs what a request costs. None for whatever
+        is not plainly a whole request that passes all checks, or comes by a proxy: that is answered the long
+        way. The connection is to be closed after it.
         """
         asked = _COMPLETION.match(data)
         if asked is None:
             return None
         began = time.perf_counter()
-        try:
-            check_room()
-            return None
-        except QueueFull as error:
-            full = translate(error)
+        full = translate(reason)
         head, found, body = data.partition(b"\r\n\r\n")
         fields = [_FIELD.fullmatch(line) for line in head.split(b"\r\n")[1:]]
         if not found or None in fields:
             return None
         pairs = [(one[1].lower(), one[2].rstrip()) for one in fields if one is not None]
         headers = {name.decode(): value.decode() for name, value in pairs}
-        rare = {"expect", "transfer-encoding", "origin", "upgrade"} & headers.keys()
+        rare = {
+            *("expect", "transfer-encoding", "origin", "upgrade"),
+            *("x-forwarded-for", "x-forwarded-proto"),  # uvicorn knows whom to believe
+        } & headers.keys()
         if (
             rare
             or "host" not in headers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -23,9 +24,11 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gristmill.engine.engine import Engine
+from gristmill.engine.request import QueueFull
 from gristmill.errors import GristmillError, UsageError
 from gristmill.serve import logs
 from gristmill.serve.app import Server, make_app
+from gristmill.serve.guard import Guard
 from gristmill.serve.limits import LIMITS
 from gristmill.serve.settings import Settings
 from gristmill.serve.tools import shows_reasoning
@@ -41,8 +44,10 @@ _SPARE_CONNECTIONS = 64
 """Beyond the limit, so that some can be told 503; others are closed unread."""
 _FIRST_BYTES = 1 << 16
 """Of a connection, looked at before it is accepted."""
-_REFUSED_TOGETHER_SECONDS = 0.03
+_GATHER_SECONDS = 0.03
 """While there is no room: how long requests gather that are turned away together."""
+_REFUSED_AT_ONCE = 64
+"""Before the event loop sees to other things."""
 _IGNORED_BYTES = 1 << 20
 """Of a body that is read on after its answer was sent."""
 
@@ -71,16 +76,22 @@ class _Listener(socket.socket):
     caches cold.
     """
 
-    refusal: Callable[[bytes, Any], bytes | None] | None = None
-    """The answer to a connection whose first bytes and client's address are these; None: it is accepted."""
+    guard: Guard | None = None
+    """What answers; without one, nothing is turned away."""
+    full: Callable[[int], QueueFull | None]
+    """Why there is no room for one more than so many that were let in just now."""
     _news: select.epoll | None = None
     """What the event loop watches in this socket's place, where the system has it."""
+    # Since the event loop began to accept:
+    _let_in = 0
+    _no_room = 0
 
-    def gather(self) -> None:
-        """Lets requests that are turned away gather. To be called before the event loop watches."""
+    def turn_away(self, guard: Guard, full: Callable[[int], QueueFull | None]) -> None:
+        """Begins to turn requests away. To be called before an event loop watches."""
+        self.guard, self.full = guard, full
         if hasattr(select, "epoll"):
             self._news = select.epoll()
-            self._listen()
+            self._watch()
 
     def fileno(self) -> int:
         """What becomes readable when there is a connection to accept."""
@@ -93,40 +104,47 @@ class _Listener(socket.socket):
         super().close()
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection that is not turned away."""
-        turned_away = False
-        while True:
+        """The next connection that is not turned away. BlockingIOError for none now."""
+        while self._no_room < _REFUSED_AT_ONCE:
             try:
                 connection, address = super().accept()
             except BlockingIOError:
-                if turned_away and self._news is not None:
+                if self._no_room and self._news is not None:
                     self._news.unregister(super().fileno())
-                    asyncio.get_running_loop().call_later(_REFUSED_TOGETHER_SECONDS, self._listen)
+                    asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._watch)
+                self._let_in = self._no_room = 0
                 raise
             if not self._turns_away(connection, address):
                 return connection, address
-            turned_away = True
-
-    def _listen(self) -> None:
-        if self._news is not None and not self._news.closed:
-            self._news.register(super().fileno(), select.EPOLLIN)
+        self._let_in = self._no_room = 0
+        raise BlockingIOError(errno.EAGAIN, "others have their turn first")
 
     def _turns_away(self, connection: socket.socket, address: Any) -> bool:
-        if self.refusal is None:
+        if self.guard is None:
             return False
+        connection.setblocking(False)
         try:
-            connection.setblocking(False)
-            answer = self.refusal(connection.recv(_FIRST_BYTES, socket.MSG_PEEK), address)
-            if answer is None:
-                return False
+            data = connection.recv(_FIRST_BYTES, socket.MSG_PEEK)
+        except OSError:  # nothing has come yet, or the client has gone
+            return False
+        if not self.guard.asks_for_completion(data):
+            return False
+        reason = self.full(self._let_in)
+        if reason is None:
+            self._let_in += 1
+            return False
+        self._no_room += 1
+        answer = self.guard.refusal(data, reason, address) if len(data) < _FIRST_BYTES else None
+        if answer is None:
+            return False
+        with connection, suppress(OSError):
             connection.recv(_FIRST_BYTES)  # closing with bytes unread would cut the answer off
             connection.send(answer)
-        except BlockingIOError:  # nothing has come yet
-            return False
-        except OSError:
-            pass  # the client has gone
-        connection.close()
         return True
+
+    def _watch(self) -> None:
+        if self._news is not None and not self._news.closed:
+            self._news.register(super().fileno(), select.EPOLLIN)
 
 
 def _listen(settings: Settings) -> _Listener:
@@ -306,8 +324,7 @@ class _Run:
             raise GristmillError(f"cannot use the TLS certificate or key: {error}") from None
         self._http = http = _Http(config)
         if settings.ssl_certfile is None:
-            self._listener.refusal = lambda data, client: guard.refusal(data, self._server.check_room, client)
-            self._listener.gather()
+            self._listener.turn_away(guard, self._server.full)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal, number)
