@@ -113,10 +113,12 @@ def soak_lines(section: dict[str, Any]) -> list[str]:
 def burst_lines(section: dict[str, Any]) -> list[str]:
     """What overload did, and its checks."""
     before, after = section["peak_requests_per_s"]
+    first, last = section["batch_requests_per_s"]
     return [
         f"{_measured(section)}. Peak {before:.2f} requests/s before and {after:.2f} after, offered "
         f"{section['offered_requests_per_s']:.1f} for {section['minutes']:g} minutes with a queue of "
-        f"{section['max_queue']}.",
+        f"{section['max_queue']}. As many as are let in at one moment, alone: {first:.2f} before and "
+        f"{last:.2f} after.",
         "",
         *_checks(section),
     ]

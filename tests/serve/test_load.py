@@ -219,6 +219,25 @@ def test_open_loop_does_not_wait_for_answers(run, asks):
     assert first == pytest.approx([one.begin - again.outcomes[0].begin for one in again.outcomes])
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no such policy here")
+def test_the_generator_waits_for_its_turn(run, asks):
+    seen = set()
+
+    class Watched(Fake):
+        async def answer(self, reader, writer):
+            seen.add(os.sched_getscheduler(0))
+            await super().answer(reader, writer)
+
+    async def main():
+        async with Watched() as address:
+            await load.closed_loop(address, asks[:2], 2)
+            await load.open_loop(address, asks[:2], 1.0, seed=1)
+
+    run(main())
+    assert seen == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_a_watcher_leaves(run, asks):
     async def main():
         async with Fake() as address:

@@ -44,7 +44,7 @@ _SPARE_CONNECTIONS = 64
 """Beyond the limit, so that some can be told 503; others are closed unread."""
 _FIRST_BYTES = 1 << 16
 """Of a connection, looked at before it is accepted."""
-_GATHER_SECONDS = 0.03
+_GATHER_SECONDS = 0.1
 """While there is no room: how long requests gather that are turned away together."""
 _REFUSED_AT_ONCE = 64
 """Before the event loop sees to other things."""
