@@ -376,6 +376,14 @@ def test_wrong_requests_raise_at_once(serve: Callable[..., Served]) -> None:
     assert (result.finish_reason, result.completion_tokens) == ("length", 1)
 
 
+def test_what_is_as_good_as_here_takes_room(serve: Callable[..., Served]) -> None:
+    engine = serve("llama", max_sequences=1, max_waiting=2).engine
+    for coming in range(3):
+        assert engine.check_room(coming) == (0, 0)
+    with pytest.raises(QueueFull):
+        engine.check_room(3)
+
+
 def test_a_full_queue_refuses(serve: Callable[..., Served]) -> None:
     served = serve("llama", max_sequences=1, max_waiting=2)
 

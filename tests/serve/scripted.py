@@ -85,6 +85,8 @@ class Engine:
         self.script = list(script)
         self.context = CONTEXT
         self.full = False
+        self.room = 1000
+        """For requests that come at one moment."""
         self.refusals: list[Exception | None] = []
         """What the next requests are refused with."""
         self.asked: list[Stream] = []
@@ -96,7 +98,7 @@ class Engine:
         self.counters: Counter[str] = Counter()
 
     def check_room(self, coming: int = 0) -> None:
-        if self.full:
+        if self.full or coming >= self.room:
             raise QueueFull("requests are waiting", 3.4)
 
     def stream(self, request: Request) -> Stream:

@@ -277,6 +277,27 @@ def test_a_full_queue_refuses_a_whole_request_as_it_comes(path: str) -> None:
     assert serve(test) == 0
 
 
+def test_one_free_place_is_for_one_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come together are let in as far as there is room, and the rest refused the short way."""
+
+    def test(run: Run) -> None:
+        run.engine.full = True
+        whole = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+        assert exchange(run, whole)[0].split()[1] == b"429"  # the next ones gather
+        run.engine.full, run.engine.room = False, 2
+        parts = urlsplit(run.url)
+        made = [socket.create_connection((parts.hostname, parts.port), timeout=10) for _ in range(6)]
+        for one in made:
+            one.sendall(whole)
+        answers = sorted(one.recv(65536).split(b" ", 2)[1] for one in made)
+        for one in made:
+            one.close()
+        assert answers == [b"400"] * 2 + [b"429"] * 4  # `{}` has no prompt
+
+    monkeypatch.setattr("gristmill.serve.server._GATHER_SECONDS", 1.0)
+    assert serve(test) == 0
+
+
 def test_a_proxy_tells_the_client_of_what_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     def test(run: Run) -> None:
         run.engine.full = True
