@@ -26,6 +26,7 @@ from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFul
 from gristmill.errors import GristmillError, TemplateError
 from gristmill.serve.app import make_app
 from gristmill.serve.errors import ApiError
+from gristmill.serve.server import _FIRST_BYTES
 from gristmill.serve.settings import Settings
 from gristmill.serve.strict_json import parse_object
 from gristmill.serve.worker import Rendered
@@ -271,6 +272,16 @@ def test_a_full_queue_refuses_a_whole_request_as_it_comes(path: str) -> None:
         ):
             assert exchange(run, head(more) + body)[0].split(b" ")[1] == status, more
         assert exchange(run, (head() + body).replace(b"localhost", b"elsewhere"))[0].split()[1] == b"403"
+        assert exchange(run, (head() + body).replace(b"Host: localhost\r\n", b""))[0].split()[1] == b"400"
+        # More may follow on what is looked at; the others have gathered, so that it is there in one piece.
+        assert "connection" in exchange(run, head() + body)[1]
+        fields[2] = b"Content-Length: 65432"
+        size = _FIRST_BYTES - len(head())
+        fields[2] = b"Content-Length: %d" % size
+        line, long, _ = exchange(run, head() + b" " * size)
+        assert line.split()[1] == b"429"
+        assert "connection" not in long
+        fields[2] = b"Content-Length: %d" % len(body)
         run.engine.full = False
         assert exchange(run, head() + body)[0].split()[1] != b"429"
 

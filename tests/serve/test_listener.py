@@ -141,6 +141,9 @@ def test_while_there_is_room_nothing_gathers(gathers: Callable[[float], None]) -
                 await door.accepts(1)
                 await asked
             door.room = 0
+            asked = asyncio.create_task(door.ask(b"something else"))
+            await door.accepts(1)
+            await asked
             # There is no room for this one, but it is not the short way that can say so.
             asked = asyncio.create_task(door.ask(ASK + b" in pieces"))
             await door.accepts(1)
