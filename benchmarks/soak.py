@@ -611,7 +611,7 @@ async def burst(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
     checks += [
         _check(
             f"p99 TTFT in ms of the admitted, at most {bound:.0f}",
-            poisson["ttft_ms_p99"],
+            round(poisson["ttft_ms_p99"] or 0),
             poisson["ttft_ms_p99"] is not None and poisson["ttft_ms_p99"] <= bound,
         ),
         _check("/health afterwards", healthy, healthy == 200),
