@@ -6,6 +6,7 @@ import asyncio
 import select
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,15 @@ def test_others_have_their_turn(gathers: Callable[[float], None], monkeypatch: p
             woken = door.wakes
             assert await asyncio.gather(*(door.ask() for _ in range(20))) == [b"full"] * 20
             assert door.wakes >= woken + 5
+            door.room = 1  # still, for one only
+            asked = [asyncio.create_task(door.ask()) for _ in range(20)]
+            await door.accepts(1)
+            assert sorted(await asyncio.gather(*asked)) == [b"closed unread"] + [b"full"] * 19
+            # Where there is no end of them, room is found again after a while.
+            door.listener._let_in, door.listener._let_in_since = 1, time.monotonic() - 1
+            asked = [asyncio.create_task(door.ask()) for _ in range(8)]
+            await door.accepts(1)
+            assert sorted(await asyncio.gather(*asked)) == [b"closed unread"] + [b"full"] * 7
 
     asyncio.run(test())
 

@@ -82,9 +82,11 @@ class _Listener(socket.socket):
     """Why there is no room for one more than so many that were let in just now."""
     _news: select.epoll | None = None
     """What the event loop watches in this socket's place, where the system has it."""
-    # Since the event loop began to accept:
     _let_in = 0
+    """Connections that found room and may not be in the queue yet."""
+    _let_in_since = 0.0
     _no_room = 0
+    """Connections that found none since the event loop began to accept."""
 
     def turn_away(self, guard: Guard, full: Callable[[int], QueueFull | None]) -> None:
         """Begins to turn requests away. To be called before an event loop watches."""
@@ -116,7 +118,10 @@ class _Listener(socket.socket):
                 raise
             if not self._turns_away(connection, address):
                 return connection, address
-        self._let_in = self._no_room = 0
+        # Under a flood there may be no end of them.
+        if time.monotonic() - self._let_in_since > _GATHER_SECONDS:
+            self._let_in = 0
+        self._no_room = 0
         raise BlockingIOError(errno.EAGAIN, "others have their turn first")
 
     def _turns_away(self, connection: socket.socket, address: Any) -> bool:
@@ -132,6 +137,7 @@ class _Listener(socket.socket):
         reason = self.full(self._let_in)
         if reason is None:
             self._let_in += 1
+            self._let_in_since = time.monotonic()
             return False
         self._no_room += 1
         answer = self.guard.refusal(data, reason, address) if len(data) < _FIRST_BYTES else None
