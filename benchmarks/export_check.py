@@ -8,6 +8,7 @@ difference relative to the largest logit, and how often both find the same token
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def checkpoints(work: Path) -> Iterator[tuple[str, Path]]:
 
 def main() -> int:
     """The exit code."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     # vLLM's environment is the one with compressed-tensors.
     python = ensure("vllm", lambda text: print(text, file=sys.stderr))
     asked = [python, "-c", ASK, "transformers", "compressed-tensors"]

@@ -126,9 +126,13 @@ def burst_lines(section: dict[str, Any]) -> list[str]:
 
 def _checks(section: dict[str, Any]) -> list[str]:
     return [
-        f"- {'met' if check['met'] else '**not met**'}: {check['what']}: {check['value']}"
+        f"- {'met' if check['met'] else '**not met**'}: {check['what']}: {_shown(check['value'])}"
         for check in section["checks"]
     ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -377,12 +377,16 @@ def serve(*, model: str | None, config: str | None, **flags: Any) -> None:
 
     settings, rest = load_settings(flags, config)
     try:
+        from gristmill.serve.logs import event
         from gristmill.serve.server import check_model, run
     except ImportError as error:
         raise UsageError(f"serving needs more packages: pip install 'gristmill[serve]' ({error})") from None
 
     def announce(address: str) -> None:
-        click.echo(f"listening on {address} (loading the model; /ready tells when)", err=True)
+        if settings.log_format == "json":
+            event(f"listening on {address}")
+        else:
+            click.echo(f"listening on {address} (loading the model; /ready tells when)", err=True)
 
     raise click.exceptions.Exit(run(check_model(model or rest.get("model")), settings, announce))
 

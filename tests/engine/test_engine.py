@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from gristmill.api import Model
 from gristmill.backends.native import NativeExecutor
 from gristmill.engine import engine as engine_module
-from gristmill.engine.engine import Engine
+from gristmill.engine.engine import Engine, _Pace
 from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFull, Request, RequestFailed
 from gristmill.engine.result import Result
 from gristmill.engine.sampling import SamplingParams
@@ -382,6 +383,33 @@ def test_what_is_as_good_as_here_takes_room(serve: Callable[..., Served]) -> Non
         assert engine.check_room(coming) == (0, 0)
     with pytest.raises(QueueFull):
         engine.check_room(3)
+
+
+@pytest.mark.parametrize(
+    ("ends", "now", "gap"),
+    [
+        ([], 3.0, 3.0),  # none yet: as long as the first takes, at least
+        ([30.0, 30.001, 60.0, 60.001], 61.0, 61 / 4),  # two at a time are no fast pace
+        ([30.0 * i for i in range(1, 21)], 600.0, 30.0),
+        ([0.1 * i for i in range(1, 101)], 10.0, 0.1),
+        ([0.1 * i for i in range(1, 101)], 42.0, (42.0 - 8.4) / 16),  # it has become slow
+    ],
+)
+def test_how_soon_a_place_is_free(ends: list[float], now: float, gap: float) -> None:
+    pace = _Pace(0.0)
+    for end in ends:
+        pace.end(end)
+    assert pace.gap(now) == pytest.approx(gap)
+    assert _Pace().gap(now) == 0
+
+
+def test_time_without_requests_is_no_pace(serve: Callable[..., Served]) -> None:
+    served = serve("llama")
+    request = Request([1], SamplingParams(max_tokens=1, ignore_eos=True), "p")
+    served.together([request])
+    time.sleep(1.5)
+    served.together([replace(request, id="q")])
+    assert served.engine._pace.gap(time.monotonic()) < 1
 
 
 def test_a_full_queue_refuses(serve: Callable[..., Served]) -> None:

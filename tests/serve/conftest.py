@@ -54,7 +54,7 @@ class ServerProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
-            if match := re.search(r"listening on (\S+)", line):
+            if match := re.search(r"listening on ([^\s\"]+)", line):
                 self.url = match[1]
                 self._found.set()
         self._found.set()

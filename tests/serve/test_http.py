@@ -24,6 +24,7 @@ import uvicorn
 
 from gristmill.engine.request import ContextLengthExceeded, EngineDead, QueueFull, RequestFailed
 from gristmill.errors import GristmillError, TemplateError
+from gristmill.serve import logs
 from gristmill.serve.app import make_app
 from gristmill.serve.errors import ApiError
 from gristmill.serve.settings import Settings
@@ -314,6 +315,19 @@ def test_a_proxy_tells_the_client_of_what_is_refused(caplog: pytest.LogCaptureFi
         assert serve(test) == 0
     told = [one.fields["client"] for one in caplog.records if one.getMessage() == "request"]  # type: ignore[attr-defined]
     assert told == ["127.0.0.1", "203.0.113.9"]
+
+
+def test_a_logged_field_is_one_field(caplog: pytest.LogCaptureFixture) -> None:
+    def test(run: Run) -> None:
+        httpx.get(f"{run.url}/v1/models", headers={"X-Forwarded-For": 'a b=1 path="/x"' + "y" * 100})
+
+    with caplog.at_level(logging.INFO, "gristmill"):
+        assert serve(test) == 0
+    [record] = [one for one in caplog.records if one.getMessage() == "request"]
+    text = logs._Text().format(record)
+    assert r' client="a b=1 path=\"/x\"yyy' in text
+    assert "y" * 64 not in text
+    assert " path=/v1/models status=200 " in text
 
 
 def test_a_full_queue_does_not_answer_without_a_key() -> None:

@@ -54,6 +54,7 @@ HEARD_SECONDS = 0.01
 DEAF_SECONDS = 1.0
 """How long it does not wait for any after one that took longer."""
 _TURNS = 4
+_PACE_ENDS = 16
 """Turns of an event loop in which news reach the sockets: events, then tasks and those that they wake."""
 
 
@@ -216,9 +217,7 @@ class Engine:
         self._working = False
         self._counters: Counter[str] = Counter()
         self._numbers = itertools.count()
-        self._rate = 0.0
-        """Requests that end in a second, lately."""
-        self._last_end = time.monotonic()
+        self._pace = _Pace()
         self._deadlines: list[_Job] = []
         self._crowded = executor.threads >= default_threads()
         """Steps take all processors: nothing runs beside them undisturbed, and undisturbing."""
@@ -408,6 +407,8 @@ class Engine:
         sequences[0].siblings = sequences[1:]
         job = _Job(request, sequences, wake)
         job.loop = loop
+        if not self._jobs:
+            self._pace = _Pace(time.monotonic())
         if self._jobs.setdefault(request.id, job) is not job:
             raise UsageError(f"the request id {request.id[:80]!r} is in use")
         if self._failure is not None or self._closing or not self._thread.is_alive():
@@ -424,7 +425,7 @@ class Engine:
         """
         waiting, tokens = self._waiting()
         if waiting + coming >= self.max_waiting + max(0, self.max_sequences - len(self._scheduler.running)):
-            raise QueueFull(f"{waiting} requests are waiting", self._retry_after())
+            raise QueueFull("the queue is full", self._retry_after())
         return waiting, tokens
 
     def _waiting(self) -> tuple[int, int]:
@@ -433,8 +434,8 @@ class Engine:
         return len(jobs), sum(len(job.request.prompt) for job in jobs)
 
     def _retry_after(self) -> float:
-        """Seconds after which a place is likely to be free, from the rate at which requests have ended."""
-        return min(60.0, max(1.0, 1 / self._rate if self._rate > 0 else 1.0))
+        """Seconds after which a place is likely to be free."""
+        return min(60.0, max(1.0, self._pace.gap(time.monotonic())))
 
     def _command(self, command: Callable[[], None]) -> None:
         """Runs something in the engine's thread, between two steps."""
@@ -586,9 +587,7 @@ class Engine:
         self._counters[f"requests_{one.finish_reason}"] += 1
         if job.unfinished == 0:
             self._jobs.pop(job.request.id, None)
-            now = time.monotonic()
-            self._rate = 0.9 * self._rate + 0.1 / max(now - self._last_end, 1e-3)
-            self._last_end = now
+            self._pace.end(time.monotonic())
 
     def _fail(self, job: _Job, error: GristmillError) -> None:
         """Ends a request with an error."""
@@ -612,6 +611,23 @@ class Engine:
             job = self._owner.get(id(one))
             if job is not None:
                 self._fail(job, RequestFailed(f"a step of the model failed: {type(error).__name__}: {error}"))
+
+
+class _Pace:
+    """How far apart requests end while there are any."""
+
+    def __init__(self, begin: float | None = None) -> None:
+        """begin: when the first of them came."""
+        self._times = deque([] if begin is None else [begin], maxlen=_PACE_ENDS + 1)
+
+    def end(self, now: float) -> None:
+        """Notes that one has ended."""
+        self._times.append(now)
+
+    def gap(self, now: float) -> float:
+        """Seconds from one end to the next, by the last ones; 0 if nothing is known."""
+        times = list(self._times)
+        return (now - times[0]) / max(1, len(times) - 1) if times else 0.0
 
 
 def _wake(jobs: list[_Job], heard: threading.Event | None) -> None:

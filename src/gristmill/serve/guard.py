@@ -247,7 +247,7 @@ class Guard:
                 path=quote(path[:200], safe="/:"),
                 status=shown,
                 seconds=round(seconds, 4),
-                client=client[0] if client else "-",
+                client=client[0][:64] if client else "-",
                 request_id=request_id,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from typing import Any
@@ -31,10 +32,16 @@ class _Json(logging.Formatter):
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        fields = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
+        fields = " ".join(f"{name}={_quoted(value)}" for name, value in getattr(record, "fields", {}).items())
         text = f"{record.levelname} {at} {record.name} {record.getMessage()} {fields}".rstrip()
         text = "".join(c if c.isprintable() else " " for c in text)
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _quoted(value: object) -> str:
+    """A field's value, so that it cannot be taken for several fields."""
+    text = str(value)
+    return text if re.fullmatch(r'[^\s="]+', text) else json.dumps(text, ensure_ascii=False)
 
 
 def set_up(form: str, level: str) -> None:
