@@ -54,8 +54,9 @@ HEARD_SECONDS = 0.01
 DEAF_SECONDS = 1.0
 """How long it does not wait for any after one that took longer."""
 _TURNS = 4
-_PACE_ENDS = 16
 """Turns of an event loop in which news reach the sockets: events, then tasks and those that they wake."""
+_PACE_ENDS = 16
+"""Requests whose ends tell when the next is likely."""
 
 
 class _Job:
