@@ -4,8 +4,8 @@ Requests go out over plain asyncio sockets, one connection each, so that the gen
 processors that the server runs on; what it took is part of the figures. For the same reason it runs, where
 the system can do that, as a process that waits for its turn rather than interrupt others' (SCHED_BATCH): a
 server whose threads wait for one another loses a multiple of what each interruption takes. All times are of
-the event loop's clock, in seconds, and count from when a request was due, so that what the generator is late
-by is in them.
+the event loop's clock, in seconds; those of an open loop count from when a request was due, so that what the
+generator is late by is in them.
 """
 
 from __future__ import annotations

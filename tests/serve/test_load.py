@@ -260,6 +260,11 @@ def test_prompts_are_the_same_for_everybody_and_begin_differently():
     assert taken != load.Prompts(range(100_000), seed=4).take(300)
 
 
+def test_a_long_load_has_more_beginnings_than_the_text():
+    taken = load.Prompts(range(2100), seed=1).take(5000)
+    assert len({ask.prompt[: load.OPENING] for ask in taken}) == 5000
+
+
 def test_too_little_text_is_refused():
     with pytest.raises(ValueError, match="too short"):
         load.Prompts(range(100), seed=1)
